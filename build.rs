@@ -1,0 +1,28 @@
+//! Compiles `proto/` with protox, so that no system `protoc` is needed.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+use prost::Message as _;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let files = [
+        "hotloop/v1/items.proto",
+        "hotloop/v1/responses.proto",
+        "hotloop/v1/models.proto",
+    ];
+    // Comments stay in the descriptors, so that a reflecting client can read them.
+    let descriptors = protox::compile(files, ["proto"])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        // The rpc `Connect` takes the name of the generated constructor: clients use `new(channel)`.
+        .build_transport(false)
+        // The one-shot twin sends the very messages of the stream: the two are equal field by field.
+        .extern_path(
+            ".hotloop.v1.CreateResponse",
+            "crate::proto::ConnectResponse",
+        )
+        .compile_fds(descriptors)?;
+    Ok(())
+}

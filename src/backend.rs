@@ -1,0 +1,149 @@
+//! What samples: the seam between a conversation and an engine.
+//!
+//! A [`Backend`] is handed a [`Prompt`], exact tokens on the shared ledger, and answers with a
+//! stream of [`Chunk`]s. Dropping the stream cancels the sample. The router is a backend made of
+//! backends; `sim` plays scripts; `local` runs a model in this process.
+
+pub mod router;
+pub mod sim;
+
+#[cfg(feature = "local")]
+pub mod local;
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures::{Stream, future::BoxFuture};
+
+use crate::{
+    item::{Item, ResponseId, Tenant, TokenLogprob},
+    ledger::Rope,
+};
+
+/// The answer to a prompt: chunks until the sample ends. Dropping it cancels the sample.
+pub type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, BackendError>> + Send>>;
+
+/// Something that samples.
+pub trait Backend: Send + Sync + 'static {
+    /// What this backend can do. The same for its whole life.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Whether it can take a prompt now.
+    fn healthy(&self) -> bool;
+
+    /// Samples from the prompt.
+    ///
+    /// # Cancellation
+    ///
+    /// Dropping the stream stops the engine's work for it as soon as the engine can.
+    fn sample(&self, prompt: Prompt) -> Chunks;
+
+    /// Makes the backend's cache hold the prompt, without sampling. Backends without a cache of
+    /// their own do nothing. Best effort: an error is for the log, the sample that follows works without.
+    fn prefill(&self, prompt: Prompt) -> BoxFuture<'static, Result<(), BackendError>>;
+}
+
+/// What a backend can do. What it cannot is refused before a prompt is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The kind of backend, for people: `sim`, `local`.
+    pub kind: &'static str,
+    /// Keeps a conversation's cache between samples.
+    pub keeps_cache: bool,
+    /// Can prefill without sampling.
+    pub prefill: bool,
+    /// Can constrain sampling: strict tools, required calls, JSON formats.
+    pub constrained_sampling: bool,
+    /// Can tell log probabilities.
+    pub logprobs: bool,
+    /// Reads the items behind the tokens.
+    pub reads_items: bool,
+    /// Honours temperature, top-p, top-k, seed, penalties and logit bias.
+    pub sampling: bool,
+}
+
+/// What is sampled from. Cheap to clone: it shares the ledger.
+#[derive(Clone)]
+pub struct Prompt {
+    /// The response that samples, for logs and for the engine's own ids.
+    pub response_id: ResponseId,
+    /// Whose conversation it is. What an engine keeps of it helps no other tenant: neither its
+    /// answers nor their timing may tell one tenant what another has asked.
+    pub tenant: Tenant,
+    /// Conversations with the same affinity share a prefix; an engine may keep a cache by it.
+    pub affinity: Arc<str>,
+    /// The exact tokens.
+    pub tokens: Rope,
+    /// The items since the last message of the user, that message included, newest last. Only
+    /// for backends that read items; empty for others.
+    pub recent: Vec<Arc<Item>>,
+    /// How to sample.
+    pub sampling: Sampling,
+}
+
+/// How to sample. All values are in range.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// The most tokens to sample, at least 1.
+    pub max_tokens: u32,
+    /// Tokens that end the sample; the one that did is the last token of the answer.
+    pub end_tokens: Arc<[u32]>,
+    /// 0 to 2; 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Over 0, at most 1.
+    pub top_p: f32,
+    /// 0 takes all tokens.
+    pub top_k: u32,
+    /// Seed of the sampler; a random one where the client gave none.
+    pub seed: u64,
+    /// -2 to 2, over the tokens sampled in this response.
+    pub presence_penalty: f32,
+    /// -2 to 2, over the tokens sampled in this response.
+    pub frequency_penalty: f32,
+    /// What is added to the logits of these tokens, by token id.
+    pub logit_bias: Arc<[(u32, f32)]>,
+    /// How many of the likeliest tokens to tell; `None`: no log probabilities.
+    pub top_logprobs: Option<u32>,
+    /// Names of the tools that may be called. Only `sim` looks at them: an engine sees the prompt.
+    pub tools: Arc<[Arc<str>]>,
+}
+
+/// A piece of an answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Chunk {
+    /// Sampled tokens, in order, the end token included. May be empty.
+    pub tokens: Vec<u32>,
+    /// One entry a token where log probabilities were asked for, else empty.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Tokens of the prompt that came from the engine's cache, where it tells; in the first chunk.
+    pub cached_tokens: Option<u32>,
+    /// Why the sample ended; only in the last chunk.
+    pub finish: Option<SampleEnd>,
+}
+
+/// Why a sample ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SampleEnd {
+    /// An end token was sampled.
+    Stop,
+    /// `max_tokens` were sampled.
+    Length,
+}
+
+/// Why a backend could not sample, or not to the end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// It takes no prompt now: nothing was sampled.
+    #[error("the backend is not available: {reason}")]
+    Unavailable {
+        /// For people.
+        reason: String,
+        /// When it may be, where known.
+        retry_after: Option<Duration>,
+    },
+    /// It broke, perhaps after some tokens.
+    #[error("the backend failed: {reason}")]
+    Failed {
+        /// For people.
+        reason: String,
+    },
+}

@@ -1,0 +1,318 @@
+//! `local`: a model that runs in this process, on the CPU.
+//!
+//! It reads a Hugging Face model directory (Llama, Qwen2, Qwen3) and computes in 32-bit floats.
+//! One thread runs the model for all samples in turn, one token each, and a prompt in pieces
+//! between them, so that a long prompt does not stall the others. The keys and values of every
+//! conversation stay in memory, in blocks that forks share, so that a prompt costs what is new in it.
+//!
+//! A seed gives the same tokens again, up to rounding: into which pieces a prompt was cut changes
+//! the last bits of its logits, and so, where two tokens are almost equally likely, which is taken.
+//!
+//! ```text
+//!   config, weights ── model ─┐
+//!   kv (blocks) ── cache ─────┼── engine (one thread) ── chunks
+//!                  sampler ───┘
+//! ```
+
+mod cache;
+mod config;
+mod engine;
+mod kv;
+mod model;
+mod sampler;
+mod weights;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use futures::{StreamExt as _, future::BoxFuture};
+
+use super::{Backend, BackendError, Capabilities, Chunks, Prompt};
+
+use cache::Cache;
+use config::Config;
+use engine::{Engine, Limits, Work};
+use kv::Pool;
+use model::Model;
+use weights::Weights;
+
+/// How a local model is run.
+#[derive(Debug, Clone)]
+pub struct LocalOptions {
+    /// The model's name, for logs.
+    pub name: Arc<str>,
+    /// How many bytes of keys and values are kept, those of running samples included. Running
+    /// samples are never stopped for it: they alone may take more.
+    pub cache_bytes_max: usize,
+    /// The most tokens of a prompt and its answer. `None`: what the model was made for, which
+    /// is also the most that may be asked for.
+    pub context_length: Option<u32>,
+    /// How many samples take turns. Those whose reader is behind do not count.
+    pub jobs_max: usize,
+    /// How many samples are accepted: in turn, waiting for one, or waiting for their reader.
+    /// More are refused as unavailable.
+    pub accepted_max: usize,
+    /// The most tokens of a prompt that are computed before running samples get their next turn.
+    pub prefill_tokens_max: usize,
+    /// How many tokens a block of the cache holds. Memory is taken in blocks, and what two forks
+    /// share ends with one.
+    pub block_tokens: usize,
+}
+
+impl LocalOptions {
+    /// The defaults: 4 GiB of cache, the model's own context, 8 samples in turn of 64 accepted.
+    #[must_use]
+    pub fn new(name: Arc<str>) -> Self {
+        Self {
+            name,
+            cache_bytes_max: 4 << 30,
+            context_length: None,
+            jobs_max: 8,
+            accepted_max: 64,
+            prefill_tokens_max: 256,
+            block_tokens: 128,
+        }
+    }
+
+    fn check(&self) -> Result<(), LoadError> {
+        let counts = [
+            ("jobs_max", self.jobs_max),
+            ("accepted_max", self.accepted_max),
+            ("prefill_tokens_max", self.prefill_tokens_max),
+            ("block_tokens", self.block_tokens),
+        ];
+        match counts.into_iter().find(|(_, count)| *count == 0) {
+            Some((option, _)) => Err(LoadError::ZeroOption { option }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// An option that counts something is zero.
+    #[error("option {option} must be at least 1")]
+    ZeroOption {
+        /// The field of [`LocalOptions`].
+        option: &'static str,
+    },
+    /// More context was asked for than the model was made for, or none.
+    #[error("a context of {asked} tokens was asked for, the model takes 1 to {max}")]
+    ContextLength {
+        /// In tokens.
+        asked: u32,
+        /// In tokens, from the model's configuration.
+        max: u32,
+    },
+    /// The path is not a directory.
+    #[error("{} is not a directory", path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file could not be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not the JSON that it should be.
+    #[error("{} is not valid", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A key of `config.json` is missing or makes no sense.
+    #[error("config.json: {key} {problem}")]
+    Config {
+        /// The key, dotted where it is nested.
+        key: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A key of `config.json` asks for something this engine does not do.
+    #[error("config.json: {key} {value} is not supported")]
+    Unsupported {
+        /// The key, dotted where it is nested.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// The directory has no safetensors.
+    #[error("{} holds no safetensors", path.display())]
+    NoWeights {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The index names a file that is not a plain file name.
+    #[error("model.safetensors.index.json: {file:?} is not a file name")]
+    ShardName {
+        /// What stands there.
+        file: String,
+    },
+    /// A weights file is broken.
+    #[error("{} holds no valid safetensors", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: candle_core::Error,
+    },
+    /// A tensor is missing.
+    #[error("the weights lack tensor {name} of shape {shape:?}")]
+    MissingTensor {
+        /// Its name.
+        name: String,
+        /// The shape that it should have.
+        shape: Vec<usize>,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("tensor {name} has shape {found:?}, the configuration says {expected:?}")]
+    TensorShape {
+        /// Its name.
+        name: String,
+        /// The shape that it should have.
+        expected: Vec<usize>,
+        /// The shape that it has.
+        found: Vec<usize>,
+    },
+    /// A tensor is of a type that this engine does not compute with.
+    #[error("tensor {name} is of type {dtype}, which is not one of f32, f16, bf16")]
+    TensorDtype {
+        /// Its name.
+        name: String,
+        /// Its type.
+        dtype: &'static str,
+    },
+    /// A tensor could not be made into 32-bit floats.
+    #[error("tensor {name} cannot be converted")]
+    Convert {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: candle_core::Error,
+    },
+    /// The engine's thread could not be started.
+    #[error("the engine's thread cannot be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// A model that runs in this process. Dropping it lets the samples that it accepted end.
+#[derive(Debug)]
+pub struct Local {
+    engine: Engine,
+    vocab_size: u32,
+    context_length: u32,
+}
+
+impl Local {
+    /// Reads the model and starts the engine's thread. Takes as long as reading the weights
+    /// does, and about four bytes of memory a parameter.
+    ///
+    /// # Errors
+    ///
+    /// See [`LoadError`]: what is missing in the directory or is not supported, by name.
+    pub fn load(dir: &Path, options: LocalOptions) -> Result<Self, LoadError> {
+        options.check()?;
+        if !dir.is_dir() {
+            return Err(LoadError::NotADirectory { path: dir.into() });
+        }
+        let config = Config::read(dir)?;
+        let context_length = options.context_length.unwrap_or(config.context_length);
+        if !(1..=config.context_length).contains(&context_length) {
+            return Err(LoadError::ContextLength {
+                asked: context_length,
+                max: config.context_length,
+            });
+        }
+        let pool = Pool::new(config.kv_layout(options.block_tokens));
+        let model = Model::new(&config, Weights::read(dir)?)?;
+        tracing::info!(
+            model = &*options.name,
+            family = ?config.family,
+            layers = config.layers,
+            vocab_size = config.vocab_size,
+            context_length,
+            block_bytes = pool.block_bytes(),
+            "model loaded"
+        );
+        let engine = Engine::start(
+            model,
+            Cache::new(pool, options.cache_bytes_max),
+            Limits {
+                context_length: context_length as usize,
+                jobs_max: options.jobs_max,
+                accepted_max: options.accepted_max,
+                prefill_tokens_max: options.prefill_tokens_max,
+            },
+        )
+        .map_err(LoadError::Thread)?;
+        Ok(Self {
+            engine,
+            vocab_size: config.vocab_size,
+            context_length,
+        })
+    }
+
+    /// How many token ids the model knows: every token of a prompt is below.
+    #[must_use]
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// The most tokens of a prompt and its answer. A sample that comes to it ends as if
+    /// `max_tokens` were reached.
+    #[must_use]
+    pub fn context_length(&self) -> u32 {
+        self.context_length
+    }
+}
+
+impl Backend for Local {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            kind: "local",
+            keeps_cache: true,
+            prefill: true,
+            constrained_sampling: false,
+            logprobs: true,
+            reads_items: false,
+            sampling: true,
+        }
+    }
+
+    /// Whether the engine's thread works. Having too much to do is not ill health: a sample is
+    /// then refused as unavailable.
+    fn healthy(&self) -> bool {
+        self.engine.works()
+    }
+
+    fn sample(&self, prompt: Prompt) -> Chunks {
+        self.engine.submit(prompt, Work::Sample)
+    }
+
+    /// Starts at once, and stops when the future is dropped; what was computed by then is kept.
+    fn prefill(&self, prompt: Prompt) -> BoxFuture<'static, Result<(), BackendError>> {
+        let mut done = self.engine.submit(prompt, Work::Prefill);
+        Box::pin(async move {
+            while let Some(chunk) = done.next().await {
+                chunk?;
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,575 @@
+//! The configuration: every setting, its default, and where its value comes from.
+//!
+//! A flag wins over an environment variable, that over the file, that over the default. The file
+//! is read into the typed settings first, so that a misspelt key or a wrong type is refused
+//! with its line; variables (`HOTLOOP_SERVER__LISTEN`) and flags (`--set server.listen=…`)
+//! are laid over it one at a time and named in their errors; at the end every value is held
+//! against its range.
+//!
+//! No secret has a key here. API keys come from [`crate::auth::KEYS_VARIABLE`] alone.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
+
+use crate::auth::{self, Gate, GateError, Keys, KeysError};
+use serde::{Deserialize, Serialize};
+
+mod check;
+mod file;
+
+/// Variables with this start and a double underscore are settings.
+const VARIABLE_PREFIX: &str = "HOTLOOP_";
+
+/// All settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The port and its connections.
+    pub server: Server,
+    /// Who may call.
+    pub auth: Auth,
+    /// One stream.
+    pub stream: Stream,
+    /// One command.
+    pub request: Request,
+    /// What is kept in memory between commands and streams.
+    pub cache: Cache,
+    /// What is kept on disk.
+    pub store: Store,
+    /// The log.
+    pub log: Log,
+    /// The models, never empty, exactly one of them the default. In the file: `[[model]]`.
+    #[serde(rename = "model", default)]
+    pub models: Vec<Model>,
+    /// The accepted API keys. Only ever from the environment.
+    #[serde(skip)]
+    pub api_keys: Keys,
+}
+
+/// The port and its connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// Address and port to listen on. Port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The largest message that a client may send, in bytes.
+    pub message_bytes_max: usize,
+    /// Open connections. At this number the server accepts no more until one closes.
+    pub connections_max: usize,
+    /// Open `Connect` and `Create` calls of all connections.
+    pub streams_max: usize,
+    /// Open calls of one connection, unary ones included. Clients queue what is above it.
+    pub streams_per_connection_max: u32,
+    /// Unary calls in progress of all connections. What is above it is refused.
+    pub unary_calls_max: usize,
+    /// How long a unary call may take, in seconds.
+    pub unary_secs_max: u64,
+    /// How long a new connection may take to say that it speaks HTTP/2, in seconds.
+    pub preface_secs_max: u64,
+    /// How often a silent connection is asked whether it still lives, in seconds.
+    pub keepalive_secs: u64,
+    /// How long it may take to answer, in seconds.
+    pub keepalive_timeout_secs: u64,
+    /// Bytes of a stream that wait for a client that does not read.
+    pub send_buffer_bytes_max: usize,
+    /// How long calls may go on after the server was told to stop, in seconds.
+    pub drain_secs_max: u64,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Self {
+            listen: (Ipv4Addr::LOCALHOST, 50051).into(),
+            message_bytes_max: 32 << 20,
+            connections_max: 1024,
+            streams_max: 10_000,
+            streams_per_connection_max: 256,
+            unary_calls_max: 256,
+            unary_secs_max: 30,
+            preface_secs_max: 5,
+            keepalive_secs: 20,
+            keepalive_timeout_secs: 10,
+            send_buffer_bytes_max: 64 << 10,
+            drain_secs_max: 30,
+        }
+    }
+}
+
+/// Who may call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Auth {
+    /// When an API key is asked for.
+    pub mode: auth::Mode,
+}
+
+impl Default for Auth {
+    fn default() -> Self {
+        Self {
+            mode: auth::Mode::Auto,
+        }
+    }
+}
+
+/// One stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stream {
+    /// How long a stream may live, in seconds.
+    pub age_secs_max: u64,
+    /// How long before its end a stream is told of it by `go_away`, in seconds.
+    pub go_away_secs: u64,
+    /// Named lanes.
+    pub lanes_max: usize,
+    /// Responses that sample at once.
+    pub sampling_max: usize,
+    /// Creates that wait for their turn.
+    pub waiting_max: usize,
+    /// How long a held response waits for the outputs of its calls, in seconds.
+    pub held_secs_max: u64,
+    /// How long a message may wait for a client that does not read, in seconds.
+    pub send_secs_max: u64,
+    /// Events that wait to be sent.
+    pub events_queued_max: usize,
+    /// Commands of one lane that wait to be looked at.
+    pub commands_queued_max: usize,
+    /// Ended responses that stay ready to be continued.
+    pub responses_held_max: usize,
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self {
+            age_secs_max: 3600,
+            go_away_secs: 30,
+            lanes_max: 32,
+            sampling_max: 16,
+            waiting_max: 64,
+            held_secs_max: 600,
+            send_secs_max: 30,
+            events_queued_max: 64,
+            commands_queued_max: 64,
+            responses_held_max: 4096,
+        }
+    }
+}
+
+/// One command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Request {
+    /// Input items of one command.
+    pub items_max: usize,
+    /// Tools of one conversation.
+    pub tools_max: usize,
+    /// Bytes of text of one item.
+    pub item_bytes_max: usize,
+    /// Tokens that one response samples, whatever the client asks for.
+    pub output_tokens_max: u32,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            items_max: 4096,
+            tools_max: 512,
+            item_bytes_max: 16 << 20,
+            output_tokens_max: 32_768,
+        }
+    }
+}
+
+/// What is kept in memory between commands and streams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Cache {
+    /// Bytes of conversations whose stream has ended.
+    pub parked_bytes_max: u64,
+    /// How long they are kept, in seconds.
+    pub parked_secs_max: u64,
+    /// How much of that room one tenant may fill, in percent.
+    pub parked_share_per_tenant_percent: u8,
+    /// Bytes of the key-value caches of all local models together.
+    pub models_bytes_max: u64,
+    /// Bytes of rendered heads: instructions and tools that many conversations begin with.
+    pub heads_bytes_max: u64,
+    /// Bytes of tokenizers and templates, for names that share a directory.
+    pub artifacts_bytes_max: u64,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            parked_bytes_max: 1 << 30,
+            parked_secs_max: 600,
+            parked_share_per_tenant_percent: 50,
+            models_bytes_max: 4 << 30,
+            heads_bytes_max: 256 << 20,
+            artifacts_bytes_max: 1 << 30,
+        }
+    }
+}
+
+/// What is kept on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Store {
+    /// The file, relative to the file of settings. `None`, and empty in the file: there is no store.
+    #[serde(with = "file::path_or_empty")]
+    pub path: Option<PathBuf>,
+    /// Responses in it.
+    pub responses_max: u64,
+    /// Bytes of the responses in it.
+    pub bytes_max: u64,
+    /// How long after its last response a conversation is kept, in seconds.
+    pub age_secs_max: u64,
+    /// Bytes of responses that wait to be written.
+    pub write_queue_bytes_max: usize,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            path: None,
+            responses_max: 1_000_000,
+            bytes_max: 16 << 30,
+            age_secs_max: 30 * 24 * 3600,
+            write_queue_bytes_max: 256 << 20,
+        }
+    }
+}
+
+/// The log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// What is logged: a level, or directives such as `info,hotloop::stream=debug`.
+    pub filter: String,
+    /// How lines are written.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            filter: "info".into(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+/// How lines of the log are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A model that clients may name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "file::Model", into = "file::Model")]
+pub struct Model {
+    /// What clients call it.
+    pub name: String,
+    /// Whether it serves creates that name no model.
+    pub default: bool,
+    /// The family of its template and output format, where it is not to be found out.
+    pub family: Option<String>,
+    /// Tokens of its context, where it is to be less than the model's own.
+    pub context_length: Option<u32>,
+    /// What samples.
+    pub engine: Engine,
+}
+
+/// What samples from a model. Paths are relative to the file that they stand in.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Engine {
+    /// Answers by rules, with a real tokenizer and template.
+    Sim {
+        /// The directory of the tokenizer and template. `None`: the embedded one.
+        path: Option<PathBuf>,
+        /// The rules. `None`: the embedded demonstration.
+        rules: Option<PathBuf>,
+        /// How fast it seems to sample. 0: as fast as it can.
+        tokens_per_second: f64,
+        /// How long it seems to think before the first token, in milliseconds.
+        first_token_ms: u64,
+    },
+    /// Runs the model in this process.
+    Local {
+        /// The model's directory.
+        path: PathBuf,
+        /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
+        cache_bytes_max: Option<u64>,
+    },
+}
+
+impl Model {
+    /// Bytes of its key-value cache, where it has one and they are set.
+    pub(crate) fn cache_bytes_max(&self) -> Option<u64> {
+        match self.engine {
+            Engine::Local {
+                cache_bytes_max, ..
+            } => cache_bytes_max,
+            Engine::Sim { .. } => None,
+        }
+    }
+
+    /// The model of a server that was told of none.
+    fn sim_agent() -> Self {
+        Self {
+            name: "sim-agent".into(),
+            default: true,
+            family: None,
+            context_length: None,
+            engine: Engine::Sim {
+                path: None,
+                rules: None,
+                tokens_per_second: file::TOKENS_PER_SECOND,
+                first_token_ms: file::FIRST_TOKEN_MS,
+            },
+        }
+    }
+
+    /// The local model in this directory, named after it.
+    fn in_directory(path: &Path) -> Result<Self, ConfigError> {
+        let refuse = |reason: String| ConfigError::Given {
+            origin: "--model".into(),
+            reason,
+        };
+        // `--model .` is named after the directory that it stands for.
+        let whole = path
+            .canonicalize()
+            .map_err(|error| refuse(format!("cannot find {}: {error}", path.display())))?;
+        let name = whole
+            .file_name()
+            .and_then(|name| name.to_str())
+            .ok_or_else(|| refuse(format!("{} has no name to go by", path.display())))?;
+        Ok(Self {
+            name: name.into(),
+            default: true,
+            family: None,
+            context_length: None,
+            engine: Engine::Local {
+                path: path.into(),
+                cache_bytes_max: None,
+            },
+        })
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            server: Server::default(),
+            auth: Auth::default(),
+            stream: Stream::default(),
+            request: Request::default(),
+            cache: Cache::default(),
+            store: Store::default(),
+            log: Log::default(),
+            models: vec![Model::sim_agent()],
+            api_keys: Keys::default(),
+        }
+    }
+}
+
+/// The settings of a command line.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Flags {
+    /// Read settings from this TOML file.
+    #[arg(long, value_name = "FILE", env = "HOTLOOP_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Listen here: the same as `--set server.listen=ADDRESS`.
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<String>,
+    /// Serve the model in this directory, under the directory's name, as the default model.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub model: Option<PathBuf>,
+    /// Set one key of the file, such as `stream.age_secs_max=600`. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl Config {
+    /// Puts the configuration together from defaults, file, environment and flags.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong, and where it was said.
+    pub fn load(
+        flags: &Flags,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let mut config = match &flags.config {
+            Some(path) => file::read(path)?,
+            None => Self {
+                models: Vec::new(),
+                ..Self::default()
+            },
+        };
+
+        let mut api_keys = Keys::default();
+        for (variable, value) in environment {
+            if variable == auth::KEYS_VARIABLE {
+                api_keys = Keys::parse(&value)?;
+            } else if let Some(name) = variable.strip_prefix(VARIABLE_PREFIX)
+                && let Some((section, key)) = name.split_once("__")
+            {
+                let key = format!("{section}.{key}").to_ascii_lowercase();
+                config = config.with(&key, &value, &variable)?;
+            }
+        }
+
+        if let Some(listen) = &flags.listen {
+            config = config.with("server.listen", listen, "--listen")?;
+        }
+        for setting in &flags.set {
+            let (key, value) = setting.split_once('=').ok_or_else(|| ConfigError::Given {
+                origin: format!("--set {setting}"),
+                reason: "expected KEY=VALUE".into(),
+            })?;
+            config = config.with(key.trim(), value.trim(), &format!("--set {key}"))?;
+        }
+
+        if let Some(path) = &flags.model {
+            for model in &mut config.models {
+                model.default = false;
+            }
+            config.models.push(Model::in_directory(path)?);
+        }
+        match config.models.as_mut_slice() {
+            [] => config.models.push(Model::sim_agent()),
+            [only] => only.default = true,
+            _ => {}
+        }
+
+        config.api_keys = api_keys;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The same settings with one of them changed. Which type its text is read as is what the
+    /// setting has now; so `"5"` may become a number or a text.
+    fn with(self, key: &str, value: &str, origin: &str) -> Result<Self, ConfigError> {
+        let refuse = |reason: String| ConfigError::Given {
+            origin: origin.into(),
+            reason,
+        };
+        let mut table = toml::Table::try_from(&self).map_err(|error| refuse(error.to_string()))?;
+        let place = key
+            .split_once('.')
+            .and_then(|(section, key)| table.get_mut(section)?.as_table_mut()?.get_mut(key))
+            .ok_or_else(|| refuse(format!("there is no setting {key}")))?;
+        *place = match place {
+            toml::Value::Integer(_) => {
+                let digits = value.replace('_', "");
+                let number = digits.parse();
+                toml::Value::Integer(number.map_err(|_| refuse("expected a whole number".into()))?)
+            }
+            toml::Value::String(_)
+            | toml::Value::Float(_)
+            | toml::Value::Boolean(_)
+            | toml::Value::Datetime(_)
+            | toml::Value::Array(_)
+            | toml::Value::Table(_) => toml::Value::String(value.into()),
+        };
+        table
+            .try_into()
+            .map_err(|error: toml::de::Error| refuse(error.message().into()))
+    }
+
+    /// The gate that these settings ask for.
+    ///
+    /// # Errors
+    ///
+    /// Where keys are asked for and there are none.
+    pub fn gate(&self) -> Result<Gate, GateError> {
+        Gate::new(self.auth.mode, self.server.listen, self.api_keys.clone())
+    }
+
+    /// The model that serves creates that name none.
+    ///
+    /// `None` only in a configuration that did not come from [`Config::load`].
+    #[must_use]
+    pub fn default_model(&self) -> Option<&Model> {
+        self.models.iter().find(|model| model.default)
+    }
+
+    /// The share of `cache.models_bytes_max` of each local model that is not told its own.
+    #[must_use]
+    pub fn unclaimed_cache_bytes(&self) -> u64 {
+        let local = self
+            .models
+            .iter()
+            .filter(|model| matches!(model.engine, Engine::Local { .. }));
+        let (told, open): (Vec<_>, Vec<_>) =
+            local.partition(|model| model.cache_bytes_max().is_some());
+        let claimed: u64 = told.into_iter().filter_map(Model::cache_bytes_max).sum();
+        self.cache.models_bytes_max.saturating_sub(claimed) / (open.len() as u64).max(1)
+    }
+}
+
+/// What is wrong with a configuration, and where it was said.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The file says something that cannot be.
+    #[error("{}:{line}: {key}{}{reason}", path.display(), if key.is_empty() { "" } else { ": " })]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key, such as `server.listen` or `model[1].backend`; empty where the file is no TOML.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A variable or a flag says something that cannot be.
+    #[error("{origin}: {reason}")]
+    Given {
+        /// The variable or flag.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A number is out of its range.
+    #[error("{key} is {value}, but must be from {} to {}", range.start(), range.end())]
+    Range {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        range: RangeInclusive<u64>,
+    },
+    /// Two settings do not go together.
+    #[error("{reason}")]
+    Conflict {
+        /// Which, and why.
+        reason: String,
+    },
+    /// The API keys cannot be read.
+    #[error("{variable}: {0}", variable = auth::KEYS_VARIABLE)]
+    Keys(#[from] KeysError),
+    /// The port would be open to everybody, or to nobody.
+    #[error(transparent)]
+    Gate(#[from] GateError),
+}
+
+#[cfg(test)]
+mod tests;

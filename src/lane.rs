@@ -1,0 +1,853 @@
+//! A lane runs its responses one after the other: the driver of one response, from its turn on
+//! the lane to its end. All waiting is here; what happens is in `response`.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use futures::{StreamExt as _, future::BoxFuture};
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backend::{BackendError, Chunks, Prompt},
+    event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
+    item::{LaneName, RequestId, ResponseId},
+    request::{Create, NewItem, Past, Settings},
+    response::{Begin, End, Next, Open, RoundEnd},
+    safety,
+    session::Committed,
+    stream::{Batch, Gone, Shared, not_found, not_open},
+};
+
+/// Input of at least this many bytes is rendered on the blocking pool: encoding it takes longer
+/// than other tasks should wait.
+const BLOCKING_BYTES_MIN: usize = 64 * 1024;
+
+/// How many samples a `done` tells of beside the last one.
+const EARLIER_SAMPLES_MAX: usize = 1024;
+
+/// A response's time on its lane, at first still to end. The next one waits for its end.
+#[derive(Debug, Clone, Default)]
+pub struct Turn(Arc<Ending>);
+
+#[derive(Debug, Default)]
+struct Ending {
+    over: CancellationToken,
+    /// The turn to wait for instead, where this one was given up before it came.
+    instead: OnceLock<Turn>,
+}
+
+impl Turn {
+    /// The turn of nobody: already over.
+    #[must_use]
+    pub fn over() -> Self {
+        let turn = Self::default();
+        turn.0.over.cancel();
+        turn
+    }
+
+    /// Whether the next one need not wait.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.latest().0.over.is_cancelled()
+    }
+
+    /// Waits for the end.
+    async fn ended(&self) {
+        let mut turn = self.latest();
+        turn.0.over.cancelled().await;
+        while let Some(before) = turn.0.instead.get() {
+            turn = before.clone();
+            turn.0.over.cancelled().await;
+        }
+    }
+
+    /// Gives the turn up before it came: whoever waits for it waits for the one before it. Nothing
+    /// of it is kept, so creates that are cancelled while they wait do not pile up.
+    fn give_up(&self, before: &Self) {
+        let _ = self.0.instead.set(before.latest());
+        self.0.over.cancel();
+    }
+
+    /// The turn that stands for this one now.
+    fn latest(&self) -> Self {
+        let mut turn = self.clone();
+        while let Some(before) = turn.0.instead.get() {
+            turn = before.clone();
+        }
+        turn
+    }
+}
+
+/// A request to stop a response, and who asked.
+#[derive(Debug, Default)]
+pub struct Cancel {
+    token: CancellationToken,
+    request_id: OnceLock<RequestId>,
+}
+
+impl Cancel {
+    /// Asks for the stop. The first one to ask is answered.
+    pub fn request(&self, request_id: RequestId) {
+        let _ = self.request_id.set(request_id);
+        self.token.cancel();
+    }
+}
+
+/// A command for a response that is open.
+#[derive(Debug)]
+pub struct Control {
+    /// What to do.
+    pub what: What,
+    /// What the client calls the command.
+    pub request_id: RequestId,
+    /// When it was read.
+    pub read_at: Instant,
+}
+
+/// What to do with an open response.
+#[derive(Debug)]
+pub enum What {
+    /// Add input.
+    Append(Vec<NewItem>),
+    /// The client has nothing more.
+    Done,
+}
+
+/// What a response continues.
+pub enum Parent {
+    /// A response that has ended, pinned.
+    Committed(Arc<Committed>),
+    /// One that ran when the create was read; it must have ended when its turn comes.
+    Running(ResponseId),
+    /// One that was not in memory when the create was read: the store has it, or nobody.
+    Stored(ResponseId),
+}
+
+/// Where a create stands when it is read.
+pub enum Place {
+    /// It can sample at once, in this slot.
+    Slot(OwnedSemaphorePermit),
+    /// It waits for its turn or for a slot, in this place among those that wait.
+    Waiting(OwnedSemaphorePermit),
+}
+
+/// A create on its way.
+pub struct Job {
+    /// The response's id.
+    pub id: ResponseId,
+    /// Its lane.
+    pub lane: LaneName,
+    /// What the client calls the create.
+    pub request_id: RequestId,
+    /// What it asks for.
+    pub create: Create,
+    /// What it continues.
+    pub parent: Option<Parent>,
+    /// When it was read.
+    pub read_at: Instant,
+    /// The same as a date: milliseconds since 1970.
+    pub created_at_ms: u64,
+    /// Commands for the response.
+    pub controls: mpsc::Receiver<Control>,
+    /// The request to stop it.
+    pub cancel: Arc<Cancel>,
+    /// Where it stands.
+    pub place: Place,
+    /// The turn before it on the lane.
+    pub before: Turn,
+    /// Its own turn.
+    pub turn: Turn,
+}
+
+/// Runs one response to its end. Whatever happens, its turn ends then, and not before that of the
+/// one before it.
+pub async fn run(job: Job, shared: Arc<Shared>) {
+    let _end_turn = job.turn.0.over.clone().drop_guard();
+    Box::pin(drive(job, &shared)).await;
+}
+
+async fn drive(job: Job, shared: &Shared) {
+    let Job {
+        id,
+        lane,
+        request_id,
+        mut create,
+        parent,
+        read_at,
+        created_at_ms,
+        controls,
+        cancel,
+        place,
+        before,
+        turn,
+    } = job;
+    let (slot, waiting) = match place {
+        Place::Slot(slot) => (Some(slot), None),
+        Place::Waiting(waiting) => (None, Some(waiting)),
+    };
+    let mut driver = Driver {
+        shared,
+        id,
+        lane,
+        request_id,
+        stops: Stops {
+            shared,
+            stays: create.continue_on_disconnect,
+            cancel,
+        },
+        deaf: false,
+        controls: Some(controls),
+        slot,
+        clock: Clock::new(read_at),
+        earlier: Vec::new(),
+    };
+    let parent = match driver.wait(&before, parent).await {
+        Ok(Ok(parent)) => parent,
+        Ok(Err(error)) => {
+            turn.give_up(&before);
+            driver.refuse(error).await;
+            return driver.close().await;
+        }
+        Err(stop) => {
+            turn.give_up(&before);
+            match stop {
+                Stop::Cancelled => driver.cancelled_early().await,
+                Stop::Interrupted => {
+                    let why = "the stream closed before the turn of this create came";
+                    driver.refuse(Error::new(Code::Draining, why)).await;
+                }
+                Stop::Gone => {}
+            }
+            return driver.close().await;
+        }
+    };
+    drop(waiting);
+    driver.clock.mark(|timing| &mut timing.started);
+    let previous = create.previous.clone();
+    let prepare_only = create.prepare_only;
+    let begun = driver.begin(&mut create, parent, created_at_ms).await;
+    let open = match begun {
+        Ok(open) => open,
+        Err(error) => {
+            driver.refuse(error).await;
+            return driver.close().await;
+        }
+    };
+    tracing::Span::current().record("model", &*open.model().name);
+    driver
+        .send(vec![Event::Created {
+            model: open.model().name.clone(),
+            previous,
+            created_at_ms,
+        }])
+        .await;
+    if prepare_only {
+        match driver.warm_up(&open).await {
+            Some(Stop::Cancelled) => driver.cancelled(&open).await,
+            // What was prepared stays prepared.
+            None | Some(Stop::Interrupted | Stop::Gone) => {
+                driver.finish(open, End::Completed, Vec::new()).await;
+            }
+        }
+    } else {
+        driver.rounds(open).await;
+    }
+    driver.close().await;
+}
+
+/// Why a response stops from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// The client asked for it.
+    Cancelled,
+    /// Time is up.
+    Interrupted,
+    /// The client is gone.
+    Gone,
+}
+
+/// What may stop a response.
+struct Stops<'a> {
+    shared: &'a Shared,
+    /// Goes on when the client vanishes.
+    stays: bool,
+    cancel: Arc<Cancel>,
+}
+
+impl Stops<'_> {
+    /// Fires when the response must stop.
+    async fn stopped(&self) -> Stop {
+        tokio::select! {
+            biased;
+            () = self.cancel.token.cancelled() => Stop::Cancelled,
+            () = self.shared.deadline.cancelled() => Stop::Interrupted,
+            () = self.shared.gone.cancelled(), if !self.stays => Stop::Gone,
+        }
+    }
+}
+
+/// The clock of a round: when its command was read, and when each stage ended.
+struct Clock {
+    read_at: Instant,
+    timing: Timing,
+}
+
+impl Clock {
+    fn new(read_at: Instant) -> Self {
+        Self {
+            read_at,
+            timing: Timing::default(),
+        }
+    }
+
+    fn mark(&mut self, stage: impl FnOnce(&mut Timing) -> &mut Duration) {
+        // At least one microsecond, since zero says that a stage was not reached.
+        let passed = self.read_at.elapsed().max(Duration::from_micros(1));
+        *stage(&mut self.timing) = passed;
+    }
+}
+
+/// What drives a response: where its events go, and what may stop it.
+struct Driver<'a> {
+    shared: &'a Shared,
+    id: ResponseId,
+    lane: LaneName,
+    request_id: RequestId,
+    stops: Stops<'a>,
+    /// The client has vanished: events go nowhere.
+    deaf: bool,
+    /// `None` once the client can send nothing more.
+    controls: Option<mpsc::Receiver<Control>>,
+    slot: Option<OwnedSemaphorePermit>,
+    clock: Clock,
+    /// Samples that went on by themselves since the last `done`.
+    earlier: Vec<SampleReport>,
+}
+
+impl Driver<'_> {
+    /// Waits for what is continued and for the turn. What the store must be asked for is read
+    /// while the lane may still be busy, and is refused as soon as that is known.
+    async fn wait(
+        &mut self,
+        before: &Turn,
+        parent: Option<Parent>,
+    ) -> Result<Result<Option<Arc<Committed>>, Error>, Stop> {
+        let parent = match parent {
+            Some(Parent::Stored(id)) => match self.load(&id).await? {
+                Ok(found) => Some(Parent::Committed(found)),
+                Err(error) => return Ok(Err(error)),
+            },
+            Some(Parent::Committed(_) | Parent::Running(_)) | None => parent,
+        };
+        self.turn(before).await?;
+        Ok(match parent {
+            None => Ok(None),
+            Some(Parent::Committed(found)) => Ok(Some(found)),
+            // It has ended by now, and may have left memory since.
+            Some(Parent::Running(id) | Parent::Stored(id)) => self.load(&id).await?.map(Some),
+        })
+    }
+
+    /// The response to continue.
+    async fn load(&self, id: &ResponseId) -> Result<Result<Arc<Committed>, Error>, Stop> {
+        let Shared { archive, held, .. } = self.shared;
+        tokio::select! {
+            biased;
+            stop = self.stops.stopped() => Err(stop),
+            found = archive.load(held.tenant(), id) => Ok(match found {
+                Ok(found) => found.ok_or_else(|| not_found(id)),
+                // Whoever continues a response can send the whole conversation instead.
+                Err(error) => {
+                    tracing::error!(%error, "the store cannot be read");
+                    Err(not_found(id))
+                }
+            }),
+        }
+    }
+
+    /// Waits for the turn on the lane and for a slot to sample in.
+    async fn turn(&mut self, before: &Turn) -> Result<(), Stop> {
+        tokio::select! {
+            biased;
+            stop = self.stops.stopped() => return Err(stop),
+            () = before.ended() => {}
+        }
+        if self.slot.is_none() {
+            self.slot = tokio::select! {
+                biased;
+                stop = self.stops.stopped() => return Err(stop),
+                slot = self.shared.slots.clone().acquire_owned() => slot.ok(),
+            };
+        }
+        Ok(())
+    }
+
+    /// Validates, checks and renders the input.
+    async fn begin(
+        &mut self,
+        create: &mut Create,
+        parent: Option<Arc<Committed>>,
+        created_at_ms: u64,
+    ) -> Result<Open, Error> {
+        let inherited = parent.as_ref().map(|parent| parent.settings.clone());
+        let own = std::mem::take(&mut create.settings);
+        let head_bytes = own.head_bytes();
+        let settings = match &inherited {
+            Some(parent) if own == Settings::default() && create.reset.is_empty() => parent.clone(),
+            Some(parent) => Arc::new(own.inherit(parent, &create.reset)),
+            None => Arc::new(own),
+        };
+        let model = self
+            .shared
+            .models
+            .get(settings.model.as_deref())
+            .cloned()
+            .ok_or_else(|| {
+                let name = settings.model.as_deref().unwrap_or_default();
+                Error::new(
+                    Code::ModelNotFound,
+                    format!("no model has the name `{name}`"),
+                )
+                .at("create.model")
+            })?;
+        let input = std::mem::take(&mut create.input);
+        let input_bytes = input.iter().map(|new| match new {
+            NewItem::Item(item) => item.text_bytes(),
+            NewItem::Reference(_) => 0,
+        });
+        let text_bytes = head_bytes + input_bytes.sum::<usize>();
+        let valid = {
+            let past = Past {
+                open_calls: parent.as_ref().map_or(&[], |parent| &parent.open_calls),
+                exists: parent.is_some(),
+                find_item: &|id| self.shared.held.find_item(id),
+            };
+            Create::validate(
+                input,
+                settings,
+                create.prepare_only,
+                &past,
+                &model.abilities(),
+            )?
+        };
+        self.clock.mark(|timing| &mut timing.validated);
+        let cleared = safety::clear(valid.input);
+        self.clock.mark(|timing| &mut timing.checked);
+
+        let begin = Begin {
+            id: self.id.clone(),
+            tenant: self.shared.held.tenant().clone(),
+            model,
+            settings: valid.settings,
+            parent,
+            today: today(),
+            input: cleared,
+            open_calls: valid.open_calls,
+            created_at_ms,
+            metadata: std::mem::take(&mut create.metadata),
+            include_output: create.include_output,
+            hold: create.hold,
+            no_deltas: create.no_deltas,
+        };
+        let heads = self.shared.heads.clone();
+        let prepare_only = create.prepare_only;
+        let open = if text_bytes < BLOCKING_BYTES_MIN {
+            Open::begin(begin, &heads, prepare_only)
+        } else {
+            let prepare = move || Open::begin(begin, &heads, prepare_only);
+            let prepared = tokio::task::spawn_blocking(prepare).await;
+            prepared.unwrap_or_else(|_| Err(Error::new(Code::BackendError, "rendering failed")))
+        }?;
+        self.clock.mark(|timing| &mut timing.rendered);
+        Ok(open)
+    }
+
+    /// Samples, and samples again for as long as there is input for it.
+    async fn rounds(&mut self, mut open: Open) {
+        loop {
+            let mut events = Vec::new();
+            let next = match self.round(&mut open, &mut events).await {
+                Ok(end) => open.end_round(end, &mut events),
+                Err(Broken::Cancelled) => return self.cancelled(&open).await,
+                Err(Broken::Failed(error)) => return self.failed(open, error, events).await,
+            };
+            match next {
+                Next::Finish(end) => return self.finish(open, end, events).await,
+                Next::Sample => {
+                    self.send(events).await;
+                    if self.earlier.len() == EARLIER_SAMPLES_MAX {
+                        self.earlier.remove(0);
+                    }
+                    self.earlier.push(open.sample_report(self.clock.timing));
+                    self.clock = Clock::new(Instant::now());
+                }
+                Next::Await => {
+                    self.slot = None;
+                    events.push(self.done(&open, Status::AwaitingInput));
+                    self.send(events).await;
+                    match self.awaiting(&mut open).await {
+                        Ok(Next::Sample) => {}
+                        Ok(Next::Finish(end)) => return self.finish(open, end, Vec::new()).await,
+                        Ok(Next::Await) | Err(Stop::Interrupted | Stop::Gone) => {
+                            let end = End::Incomplete(IncompleteReason::Interrupted);
+                            return self.finish(open, end, Vec::new()).await;
+                        }
+                        Err(Stop::Cancelled) => return self.cancelled(&open).await,
+                    }
+                }
+            }
+            match open.prepare(true) {
+                Ok(()) => self.clock.mark(|timing| &mut timing.rendered),
+                // What was sampled and sent is kept: it can be continued once it fits.
+                Err(error) if error.code == Code::ContextLengthExceeded => {
+                    let end = End::Incomplete(IncompleteReason::MaxOutputTokens);
+                    return self.finish(open, end, Vec::new()).await;
+                }
+                Err(error) => return self.failed(open, error, Vec::new()).await,
+            }
+        }
+    }
+
+    /// One sample. Its last events are left in `events`.
+    async fn round(
+        &mut self,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> Result<RoundEnd, Broken> {
+        let shared = self.shared;
+        let backend = open.model().backend.clone();
+        let prompt = open.begin_round();
+        let mut chunks: Chunks = backend.sample(prompt);
+        self.clock.mark(|timing| &mut timing.dispatched);
+        let mut first = true;
+        loop {
+            // Room for the events comes first: a client that does not read is not sampled for.
+            let permit = loop {
+                if self.deaf {
+                    break None;
+                }
+                tokio::select! {
+                    biased;
+                    stop = self.stops.stopped() => return stop.into_round(),
+                    control = receive(&mut self.controls) => self.control(control, open).await,
+                    permit = shared.out.reserve() => match permit {
+                        Ok(permit) => break Some(permit),
+                        Err(Gone) if self.stops.stays => self.deaf = true,
+                        Err(Gone) => return Ok(RoundEnd::Interrupted),
+                    },
+                }
+            };
+            let chunk = loop {
+                tokio::select! {
+                    biased;
+                    stop = self.stops.stopped() => return stop.into_round(),
+                    control = receive(&mut self.controls) => self.control(control, open).await,
+                    chunk = chunks.next() => break chunk,
+                }
+            };
+            let chunk = match chunk {
+                Some(Ok(chunk)) => chunk,
+                Some(Err(error)) => return Err(Broken::Failed(from_backend(error))),
+                None => {
+                    let why = "the backend ended the sample without saying why";
+                    return Err(Broken::Failed(Error::new(Code::BackendError, why)));
+                }
+            };
+            if first && !chunk.tokens.is_empty() {
+                first = false;
+                self.clock.mark(|timing| &mut timing.first_token);
+            }
+            let end = open.chunk(chunk, events).map_err(Broken::Failed)?;
+            if let Some(end) = end {
+                self.clock.mark(|timing| &mut timing.last_token);
+                return Ok(end);
+            }
+            if !events.is_empty()
+                && let Some(permit) = permit
+            {
+                let events = std::mem::take(events);
+                permit.send(self.batch(events, self.request_id.clone()));
+            }
+        }
+    }
+
+    /// Holds the response for the outputs of its calls, then waits for a slot to sample in.
+    /// Commands are taken all the while.
+    async fn awaiting(&mut self, open: &mut Open) -> Result<Next, Stop> {
+        let until = Instant::now() + self.shared.limits.held_time_max;
+        let mut slot = std::pin::pin!(self.shared.slots.clone().acquire_owned());
+        let mut prefill = None;
+        loop {
+            let next = open.next();
+            if let Next::Finish(_) = next {
+                return Ok(next);
+            }
+            tokio::select! {
+                biased;
+                stop = self.stops.stopped() => return Err(stop),
+                control = receive(&mut self.controls) => {
+                    match &control {
+                        Some(control) => self.clock = Clock::new(control.read_at),
+                        // Nobody can answer the calls any more.
+                        None if next == Next::Await && self.shared.gone.is_cancelled() => {
+                            return Err(Stop::Gone);
+                        }
+                        None => {}
+                    }
+                    self.control(control, open).await;
+                    self.clock.mark(|timing| &mut timing.checked);
+                    prefill = (open.next() == Next::Await)
+                        .then(|| open.prompt_ahead())
+                        .flatten()
+                        .and_then(|prompt| prefill_of(open, prompt));
+                }
+                slot = &mut slot, if next == Next::Sample => {
+                    self.slot = slot.ok();
+                    self.clock.mark(|timing| &mut timing.started);
+                    return Ok(Next::Sample);
+                }
+                () = prefilled(&mut prefill) => {}
+                () = tokio::time::sleep_until(until), if next == Next::Await => {
+                    return Err(Stop::Interrupted);
+                }
+            }
+        }
+    }
+
+    /// Does what a command asks of the open response, and answers it. `None`: no more will come.
+    async fn control(&mut self, control: Option<Control>, open: &mut Open) {
+        let Some(control) = control else {
+            self.controls = None;
+            open.release();
+            return;
+        };
+        let event = match control.what {
+            What::Append(input) => open
+                .append(input, &self.shared.held)
+                .unwrap_or_else(|error| Event::Error(Box::new(error))),
+            What::Done => return open.end_as_it_stands(),
+        };
+        self.answer(vec![event], control.request_id).await;
+    }
+
+    /// Lets the backend prepare its cache, for no longer than the response lives.
+    async fn warm_up(&self, open: &Open) -> Option<Stop> {
+        let mut prefill = prefill_of(open, open.prompt());
+        prefill.as_ref()?;
+        tokio::select! {
+            biased;
+            stop = self.stops.stopped() => Some(stop),
+            () = prefilled(&mut prefill) => None,
+        }
+    }
+
+    /// Commits the response, charges it, hands it to the store's queue, and only then tells the client.
+    async fn finish(&mut self, open: Open, end: End, mut events: Vec<Event>) {
+        let done = self.done(&open, end.into());
+        let usage = open.usage();
+        let committed = open.commit(end.into(), &self.shared.held);
+        charge(usage, end_name(end));
+        self.shared.archive.keep(&committed).await;
+        events.push(done);
+        self.send(events).await;
+    }
+
+    /// The backend broke. What was sampled and handed out before is kept, so that the client can
+    /// go on from it instead of running its tools again.
+    async fn failed(&mut self, mut open: Open, error: Error, mut events: Vec<Event>) {
+        tracing::info!(code = error.code.as_str(), "response failed");
+        open.end_round(RoundEnd::Interrupted, &mut events);
+        let status = Status::Failed(error);
+        let done = self.done(&open, status.clone());
+        let usage = open.usage();
+        let committed = open
+            .has_output()
+            .then(|| open.commit(status, &self.shared.held));
+        charge(usage, "failed");
+        if let Some(committed) = committed {
+            self.shared.archive.keep(&committed).await;
+        }
+        events.push(done);
+        self.send(events).await;
+    }
+
+    async fn cancelled(&mut self, open: &Open) {
+        charge(open.usage(), "cancelled");
+        let done = self.done(open, Status::Cancelled);
+        self.answer(vec![done], self.cancelled_by()).await;
+    }
+
+    /// Cancelled before it began: there is nothing to charge.
+    async fn cancelled_early(&mut self) {
+        self.clock.mark(|timing| &mut timing.done);
+        let done = Event::Done(Box::new(crate::event::Done {
+            status: Status::Cancelled,
+            finish: None,
+            call_ids: Vec::new(),
+            output_item_ids: Vec::new(),
+            usage: Usage::default(),
+            prompt: crate::event::PromptReport::default(),
+            timing: self.clock.timing,
+            output: Vec::new(),
+            earlier: Vec::new(),
+        }));
+        self.answer(vec![done], self.cancelled_by()).await;
+    }
+
+    fn cancelled_by(&self) -> RequestId {
+        let asked = self.stops.cancel.request_id.get();
+        asked
+            .filter(|id| !id.as_str().is_empty())
+            .unwrap_or(&self.request_id)
+            .clone()
+    }
+
+    fn done(&mut self, open: &Open, status: Status) -> Event {
+        self.clock.mark(|timing| &mut timing.done);
+        open.done(status, self.clock.timing, std::mem::take(&mut self.earlier))
+    }
+
+    /// A create that was refused: no response exists.
+    async fn refuse(&mut self, error: Error) {
+        tracing::debug!(code = error.code.as_str(), "create refused");
+        let batch = Batch {
+            lane: self.lane.clone(),
+            response_id: None,
+            request_id: self.request_id.clone(),
+            events: [Event::Error(Box::new(error))].into(),
+        };
+        // A client that is gone needs no answer.
+        let _ = self.shared.out.send(batch).await;
+    }
+
+    async fn send(&mut self, events: Vec<Event>) {
+        self.answer(events, self.request_id.clone()).await;
+    }
+
+    async fn answer(&mut self, events: Vec<Event>, request_id: RequestId) {
+        if self.deaf || events.is_empty() {
+            return;
+        }
+        if self
+            .shared
+            .out
+            .send(self.batch(events, request_id))
+            .await
+            .is_err()
+        {
+            self.deaf = true;
+        }
+    }
+
+    fn batch(&self, events: Vec<Event>, request_id: RequestId) -> Batch {
+        Batch {
+            lane: self.lane.clone(),
+            response_id: Some(self.id.clone()),
+            request_id,
+            events: events.into(),
+        }
+    }
+
+    /// The response has ended: commands that reached it too late are refused.
+    async fn close(&mut self) {
+        let Some(mut controls) = self.controls.take() else {
+            return;
+        };
+        controls.close();
+        while let Some(control) = controls.recv().await {
+            let command = match control.what {
+                What::Append(_) => "append",
+                What::Done => "done",
+            };
+            let error = Event::Error(Box::new(not_open(&self.id, command)));
+            self.answer(vec![error], control.request_id).await;
+        }
+    }
+}
+
+/// Why a sample came to no end.
+enum Broken {
+    Cancelled,
+    Failed(Error),
+}
+
+impl Stop {
+    fn into_round(self) -> Result<RoundEnd, Broken> {
+        match self {
+            Self::Cancelled => Err(Broken::Cancelled),
+            Self::Interrupted | Self::Gone => Ok(RoundEnd::Interrupted),
+        }
+    }
+}
+
+/// The next command, or `None` once none can come; then it is not asked again.
+async fn receive(controls: &mut Option<mpsc::Receiver<Control>>) -> Option<Control> {
+    match controls {
+        Some(controls) => controls.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The work of a backend that prepares its cache. Dropping it stops that work.
+type Prefill = BoxFuture<'static, Result<(), BackendError>>;
+
+/// Starts to prepare the backend's cache for the prompt, where the backend can.
+fn prefill_of(open: &Open, prompt: Prompt) -> Option<Prefill> {
+    let backend = &open.model().backend;
+    let prefills = backend.capabilities().prefill;
+    prefills.then(|| backend.prefill(prompt))
+}
+
+/// The end of the work, once. Never where there is none.
+async fn prefilled(prefill: &mut Option<Prefill>) {
+    let Some(work) = prefill else {
+        return std::future::pending().await;
+    };
+    if let Err(error) = work.await {
+        tracing::info!(%error, "the prompt could not be prefilled");
+    }
+    *prefill = None;
+}
+
+fn from_backend(error: BackendError) -> Error {
+    let message = error.to_string();
+    match error {
+        BackendError::Unavailable { retry_after, .. } => Error {
+            retry_after,
+            ..Error::new(Code::BackendUnavailable, message)
+        },
+        BackendError::Failed { .. } => Error::new(Code::BackendError, message),
+    }
+}
+
+fn end_name(end: End) -> &'static str {
+    match end {
+        End::Completed => "completed",
+        End::Incomplete(_) => "incomplete",
+    }
+}
+
+/// What was sampled is charged, on every way out, before the client hears of the end.
+fn charge(usage: Usage, end: &'static str) {
+    tracing::info!(
+        target: "hotloop::usage",
+        end,
+        input_tokens = usage.input_tokens,
+        cached_tokens = usage.cached_tokens,
+        output_tokens = usage.output_tokens,
+        samples = usage.samples,
+        "usage"
+    );
+}
+
+fn today() -> jiff::civil::Date {
+    jiff::Timestamp::now()
+        .to_zoned(jiff::tz::TimeZone::UTC)
+        .date()
+}

@@ -1,0 +1,375 @@
+//! What a model's name stands for: its text side, read from a Hugging Face directory or embedded,
+//! and the backend that samples from it.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde::Deserialize;
+
+use crate::{
+    backend::Backend,
+    parse::{Family, Markers, ParserOptions},
+    request::Abilities,
+    template::{Appends, SpecialTokens, Template, TemplateError},
+    tokenizer::{Tokenizer, TokenizerError},
+};
+
+/// The text side of a model: what is needed to render for it and to read its output. Shared by
+/// all names that are served from the same directory.
+pub struct Artifacts {
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Items to text.
+    pub template: Template,
+    /// How it writes calls and reasoning.
+    pub family: Family,
+    /// What its output is read with, before a response adds its tools.
+    pub parsing: ParserOptions,
+    /// Tokens that end its answer.
+    pub end_tokens: Arc<[u32]>,
+    /// The longest prompt and sample together, where its configuration tells.
+    pub context_length: Option<u32>,
+    /// Which appends its template keeps the past for, as a probe found out.
+    pub appends: Appends,
+    /// Names tokenizer, template and family.
+    pub fingerprint: [u8; 32],
+}
+
+/// Why a model directory cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactsError {
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{path} cannot be understood: {source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// There is nothing to turn text into tokens with.
+    #[error("{0} has no tokenizer.json")]
+    NoTokenizer(PathBuf),
+    /// There is no template to render with.
+    #[error(
+        "{0} has no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json"
+    )]
+    NoTemplate(PathBuf),
+    /// The tokenizer cannot be used.
+    #[error("tokenizer.json: {0}")]
+    Tokenizer(#[from] TokenizerError),
+    /// The template cannot be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// Nothing would ever end an answer.
+    #[error(
+        "{0} names no end token in generation_config.json, config.json or tokenizer_config.json"
+    )]
+    NoEndToken(PathBuf),
+}
+
+/// One id or several, as `eos_token_id` has it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+/// The part of config.json and generation_config.json that the text side reads.
+#[derive(Deserialize, Default)]
+struct Facts {
+    eos_token_id: Option<OneOrMany>,
+    max_position_embeddings: Option<u32>,
+}
+
+impl Artifacts {
+    /// Reads tokenizer.json, the chat template and the configuration files from a directory.
+    ///
+    /// # Errors
+    ///
+    /// What is missing, or cannot be used, and in which file.
+    pub fn load(dir: &Path, family: Option<Family>) -> Result<Self, ArtifactsError> {
+        let tokenizer = read(dir, "tokenizer.json")?
+            .ok_or_else(|| ArtifactsError::NoTokenizer(dir.to_path_buf()))?;
+        let parts = Parts {
+            origin: dir.to_path_buf(),
+            tokenizer: &tokenizer,
+            template: read(dir, "chat_template.jinja")?
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
+            tokenizer_config: read(dir, "tokenizer_config.json")?,
+            facts: [
+                json(dir, "generation_config.json")?,
+                json(dir, "config.json")?,
+            ],
+        };
+        Self::assemble(parts, family)
+    }
+
+    /// The text side of the embedded simulated model.
+    ///
+    /// # Errors
+    ///
+    /// None that a released program can meet: its tests load it.
+    pub fn embedded(family: Option<Family>) -> Result<Self, ArtifactsError> {
+        let parts = Parts {
+            origin: PathBuf::from("the embedded model"),
+            tokenizer: include_bytes!("../models/sim/tokenizer.json"),
+            template: Some(include_str!("../models/sim/chat_template.jinja").to_owned()),
+            tokenizer_config: Some(include_bytes!("../models/sim/tokenizer_config.json").to_vec()),
+            facts: [Facts::default(), Facts::default()],
+        };
+        Self::assemble(parts, family)
+    }
+
+    fn assemble(parts: Parts<'_>, family: Option<Family>) -> Result<Self, ArtifactsError> {
+        let tokenizer = Tokenizer::from_json(parts.tokenizer)?;
+        let config: serde_json::Value = match &parts.tokenizer_config {
+            Some(bytes) => {
+                serde_json::from_slice(bytes).map_err(|source| ArtifactsError::Parse {
+                    path: parts.origin.join("tokenizer_config.json"),
+                    source,
+                })?
+            }
+            None => serde_json::Value::Null,
+        };
+        let specials = SpecialTokens::from_config(&config);
+        let source = parts
+            .template
+            .or_else(|| crate::template::source_in_config(&config).map(str::to_owned))
+            .ok_or_else(|| ArtifactsError::NoTemplate(parts.origin.clone()))?;
+        let template = Template::new(&source, specials)?;
+        let is_added = |content: &str| tokenizer.token_id(content).is_some();
+        let family = family.unwrap_or_else(|| Family::detect(&source, &is_added));
+        let end_tokens = end_tokens(&tokenizer, &config, &parts.facts);
+        if end_tokens.is_empty() {
+            return Err(ArtifactsError::NoEndToken(parts.origin));
+        }
+        let context_length = parts
+            .facts
+            .iter()
+            .find_map(|facts| facts.max_position_embeddings);
+        let appends = template.probe();
+        let reasoning = ["reasoning_content", "<think>", "[THINK]"]
+            .iter()
+            .any(|sign| source.contains(sign));
+        let end_contents = end_tokens
+            .iter()
+            .filter_map(|id| tokenizer.added(*id))
+            .map(str::to_owned)
+            .collect();
+        let parsing = ParserOptions {
+            reasoning,
+            in_reasoning: false,
+            tools: Arc::default(),
+            markers_added: Markers::added(&is_added),
+            end_tokens: Arc::new(end_contents),
+        };
+        let fingerprint = {
+            use sha2::Digest as _;
+            let mut hash = sha2::Sha256::new();
+            hash.update(tokenizer.fingerprint());
+            hash.update(template.fingerprint());
+            hash.update(family.as_str());
+            hash.finalize().into()
+        };
+        Ok(Self {
+            tokenizer,
+            template,
+            family,
+            parsing,
+            end_tokens: end_tokens.into(),
+            context_length,
+            appends,
+            fingerprint,
+        })
+    }
+
+    /// What it takes in memory, about, for a weighed cache.
+    #[must_use]
+    pub fn size_bytes(&self) -> usize {
+        self.tokenizer.size_bytes() + self.template.size_bytes()
+    }
+}
+
+/// What a model is assembled from.
+struct Parts<'a> {
+    origin: PathBuf,
+    tokenizer: &'a [u8],
+    template: Option<String>,
+    tokenizer_config: Option<Vec<u8>>,
+    facts: [Facts; 2],
+}
+
+fn read(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, ArtifactsError> {
+    let path = dir.join(name);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ArtifactsError::Read { path, source }),
+    }
+}
+
+fn json(dir: &Path, name: &str) -> Result<Facts, ArtifactsError> {
+    match read(dir, name)? {
+        None => Ok(Facts::default()),
+        Some(bytes) => serde_json::from_slice(&bytes).map_err(|source| ArtifactsError::Parse {
+            path: dir.join(name),
+            source,
+        }),
+    }
+}
+
+/// Every token that some file names as an end, and those that end an answer in the families.
+fn end_tokens(tokenizer: &Tokenizer, config: &serde_json::Value, facts: &[Facts]) -> Vec<u32> {
+    const ENDS: [&str; 5] = [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|return|>",
+        "<|call|>",
+    ];
+    let eos = &config["eos_token"];
+    let named = eos.as_str().or_else(|| eos["content"].as_str());
+    let mut ids: Vec<u32> = facts
+        .iter()
+        .filter_map(|facts| facts.eos_token_id.as_ref())
+        .flat_map(|ids| match ids {
+            OneOrMany::One(id) => std::slice::from_ref(id),
+            OneOrMany::Many(ids) => ids,
+        })
+        .copied()
+        .collect();
+    ids.extend(
+        named
+            .into_iter()
+            .chain(ENDS)
+            .filter_map(|content| tokenizer.token_id(content)),
+    );
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// Text sides that were read before: names that share a directory share one. Bounded by bytes.
+pub struct ArtifactsCache {
+    cache: moka::sync::Cache<(Option<PathBuf>, Option<Family>), Arc<Artifacts>>,
+}
+
+impl ArtifactsCache {
+    /// An empty cache that holds at most this many bytes.
+    #[must_use]
+    pub fn new(bytes_max: u64) -> Self {
+        Self {
+            cache: moka::sync::Cache::builder()
+                // In units of a KiB, since a weight is a u32.
+                .max_capacity(bytes_max / 1024)
+                .weigher(|_, artifacts: &Arc<Artifacts>| {
+                    u32::try_from(artifacts.size_bytes() / 1024 + 1).unwrap_or(u32::MAX)
+                })
+                .build(),
+        }
+    }
+
+    /// The text side in this directory, or the embedded one, read as this family or as what it
+    /// seems to be.
+    ///
+    /// # Errors
+    ///
+    /// As [`Artifacts::load`].
+    pub fn get(
+        &self,
+        dir: Option<&Path>,
+        family: Option<Family>,
+    ) -> Result<Arc<Artifacts>, Arc<ArtifactsError>> {
+        let key = (dir.map(Path::to_path_buf), family);
+        self.cache.try_get_with(key, || {
+            match dir {
+                Some(dir) => Artifacts::load(dir, family),
+                None => Artifacts::embedded(family),
+            }
+            .map(Arc::new)
+        })
+    }
+}
+
+/// A model as it is served: a name, a text side, and a backend.
+pub struct Model {
+    /// The name by which a create asks for it.
+    pub name: Arc<str>,
+    /// Its text side.
+    pub artifacts: Arc<Artifacts>,
+    /// What samples.
+    pub backend: Arc<dyn Backend>,
+    /// The longest prompt and sample together, in tokens.
+    pub context_length: u32,
+    /// The most tokens that one response samples.
+    pub output_tokens_max: u32,
+}
+
+impl Model {
+    /// What can be asked of it.
+    #[must_use]
+    pub fn abilities(&self) -> Abilities {
+        let template = &self.artifacts.template;
+        Abilities {
+            backend: self.backend.capabilities(),
+            reasoning_effort: template.mentions("enable_thinking")
+                || template.mentions("reasoning_effort"),
+            tools: template.mentions("tools"),
+            vocab_size: u32::try_from(self.artifacts.tokenizer.vocab_size()).unwrap_or(u32::MAX),
+            output_tokens_max: self.output_tokens_max,
+        }
+    }
+}
+
+/// All models, by name. Fixed while the server runs.
+pub struct Models {
+    by_name: BTreeMap<Arc<str>, Arc<Model>>,
+    default: Arc<Model>,
+}
+
+impl Models {
+    /// These models; the default is the one that a create without a model gets.
+    #[must_use]
+    pub fn new(default: Arc<Model>, others: Vec<Arc<Model>>) -> Self {
+        let by_name = others
+            .into_iter()
+            .chain([default.clone()])
+            .map(|model| (model.name.clone(), model))
+            .collect();
+        Self { by_name, default }
+    }
+
+    /// The model of this name, or the default where none is asked for.
+    #[must_use]
+    pub fn get(&self, name: Option<&str>) -> Option<&Arc<Model>> {
+        match name {
+            None => Some(&self.default),
+            Some(name) => self.by_name.get(name),
+        }
+    }
+
+    /// All of them, by name.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Model>> {
+        self.by_name.values()
+    }
+
+    /// Whether a create without a model gets this one.
+    #[must_use]
+    pub fn is_default(&self, model: &Model) -> bool {
+        self.default.name == model.name
+    }
+}

@@ -1,0 +1,671 @@
+//! From items to the exact tokens that a model sees, encoding only what is new.
+//!
+//! The whole conversation is rendered through the model's own template, which costs about a
+//! millisecond for 100,000 tokens and assumes nothing about the template. The text is compared
+//! with the one that the ledger holds; every token up to the last place where text may be cut is
+//! kept, samples exactly as they were sampled, and only what follows is encoded. A template that
+//! rewrites the past is thereby right, it only costs more, and the report says so.
+//!
+//! Text of clients and of models never becomes a control token: literals of added tokens in it
+//! are marked before the template runs, and encoded as ordinary text.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    event::{Code, Error},
+    item::{Body, Item, Role, Tenant, ToolKind},
+    ledger::{Cut, Draft, Rope, common_prefix, first_difference},
+    model::Artifacts,
+    request::{Effort, Settings, ValidItem},
+    template::{Call, KwargValue, Message, RenderInput, TemplateError, ToolDef, ToolsValue},
+    tokenizer::{Encoded, Guard},
+};
+
+/// What stands around the messages: instructions, tools, and the settings that templates read.
+/// Built once for settings that render alike, and shared by all responses under them.
+pub struct Head {
+    system: Option<Message>,
+    tools: Option<ToolsValue>,
+    kwargs: Vec<(&'static str, KwargValue)>,
+    /// The date that the template sees, frozen where the conversation began.
+    date: jiff::civil::Date,
+}
+
+impl Head {
+    /// The head for these settings, in a conversation that began on this date.
+    ///
+    /// # Errors
+    ///
+    /// `invalid_request` where the parameters of a tool are no JSON.
+    pub fn new(
+        settings: &Settings,
+        artifacts: &Artifacts,
+        date: jiff::civil::Date,
+    ) -> Result<Self, Error> {
+        let guard = artifacts.tokenizer.guard();
+        let marked: Vec<_> = settings
+            .tools()
+            .iter()
+            .map(|tool| {
+                let parameters = match &tool.kind {
+                    ToolKind::Function { parameters, .. } => guard.mark_json(parameters),
+                    ToolKind::Custom => CUSTOM_PARAMETERS.into(),
+                };
+                let description = tool.description.as_ref().map(|text| guard.mark(text));
+                (&*tool.name, description, parameters)
+            })
+            .collect();
+        let definitions: Vec<ToolDef<'_>> = marked
+            .iter()
+            .map(|(name, description, parameters)| ToolDef {
+                name,
+                description: description.as_deref(),
+                parameters,
+            })
+            .collect();
+        let tools = match definitions.as_slice() {
+            [] => None,
+            definitions => Some(ToolsValue::new(definitions).map_err(refused)?),
+        };
+        let mut kwargs = Vec::new();
+        if let Some(effort) = settings.reasoning_effort {
+            kwargs.push(("enable_thinking", KwargValue::Flag(effort != Effort::None)));
+            kwargs.push(("reasoning_effort", KwargValue::Text(effort.as_str().into())));
+        }
+        Ok(Self {
+            system: settings
+                .instructions
+                .as_ref()
+                .map(|text| Message::text("system", &guard.mark(text))),
+            tools,
+            kwargs,
+            date,
+        })
+    }
+
+    /// The date that the conversation began on.
+    #[must_use]
+    pub fn date(&self) -> jiff::civil::Date {
+        self.date
+    }
+}
+
+/// The schema by which templates, which know only functions, are told of a custom tool.
+const CUSTOM_PARAMETERS: &str =
+    r#"{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}"#;
+
+/// A message in the order of the conversation, with what truncation needs to know of it.
+#[derive(Clone)]
+pub struct Entry {
+    /// The message.
+    pub message: Message,
+    /// Who speaks.
+    pub speaker: Speaker,
+    /// How many items it was made of.
+    pub items: u32,
+    /// Bytes of text in it, to judge how much of the prompt it takes.
+    pub bytes: usize,
+}
+
+/// Who speaks in a message, as far as truncation cares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaker {
+    /// A user, an operator or a developer: the prompt may begin here.
+    Client,
+    /// The model: the prompt may be cut before it, behind a message of the client.
+    Model,
+    /// A tool: never without the call before it.
+    Tool,
+    /// Nobody: a summary that stands in place of everything before it.
+    Summary,
+}
+
+/// What a model sees of a conversation whose oldest messages have left the prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Visible {
+    /// The first message that is seen.
+    pub from: usize,
+    /// An earlier message that still stands before it: the last one of the client, where the
+    /// visible ones would begin with the model's.
+    pub pinned: Option<usize>,
+    /// How many items are no longer seen.
+    pub hidden_items: u32,
+}
+
+impl Visible {
+    /// The messages from `from` on, with the pinned one before them.
+    #[must_use]
+    pub fn new(all: &[Entry], from: usize, pinned: Option<usize>) -> Self {
+        let hidden: u32 = all[..from].iter().map(|entry| entry.items).sum();
+        Self {
+            from,
+            pinned,
+            hidden_items: hidden - pinned.map_or(0, |at| all[at].items),
+        }
+    }
+
+    /// What is seen of these messages of the conversation.
+    pub fn of<'a>(&self, all: &'a [Entry]) -> impl Iterator<Item = &'a Entry> {
+        let pinned = self.pinned.and_then(|at| all.get(at));
+        pinned
+            .into_iter()
+            .chain(all.get(self.from..).unwrap_or_default())
+    }
+
+    /// The messages from the last summary on; all of them where there is none.
+    #[must_use]
+    pub fn from_summary(all: &[Entry]) -> Self {
+        let summary = all
+            .iter()
+            .rposition(|entry| entry.speaker == Speaker::Summary);
+        Self::new(all, summary.unwrap_or(0), None)
+    }
+}
+
+/// Turns items that belong together, the input of one command or the output of one sample, into
+/// messages: reasoning, text and calls in a row become one message of the assistant.
+#[must_use]
+pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
+    let guard = artifacts.tokenizer.guard();
+    let mut entries = Vec::new();
+    let mut answer = Answer::default();
+    for new in items {
+        let item = &*new.item;
+        match &item.body {
+            Body::Reasoning { content } => {
+                if answer.text.is_some() || !answer.calls.is_empty() {
+                    answer.flush(guard, &mut entries);
+                }
+                answer.reasoning.get_or_insert_default().push_str(content);
+                answer.add(item);
+            }
+            Body::Message {
+                role: Role::Assistant,
+                ..
+            } => {
+                if answer.text.is_some() || !answer.calls.is_empty() {
+                    answer.flush(guard, &mut entries);
+                }
+                answer.text = Some(text_of(item));
+                answer.add(item);
+            }
+            Body::FunctionCall { .. } | Body::CustomToolCall { .. } => {
+                answer.calls.push(new.item.clone());
+                answer.add(item);
+            }
+            Body::Message { role, .. } => {
+                answer.flush(guard, &mut entries);
+                let role = match role {
+                    Role::Developer if artifacts.template.source().contains("developer") => {
+                        "developer"
+                    }
+                    Role::System | Role::Developer => "system",
+                    Role::User | Role::Assistant => "user",
+                };
+                entries.push(Entry {
+                    message: Message::text(role, &guard.mark(&text_of(item))),
+                    speaker: Speaker::Client,
+                    items: 1,
+                    bytes: item.text_bytes(),
+                });
+            }
+            Body::FunctionCallOutput { call_id, output }
+            | Body::CustomToolCallOutput { call_id, output } => {
+                answer.flush(guard, &mut entries);
+                let name = new.answers.as_deref().unwrap_or_default();
+                entries.push(Entry {
+                    message: Message::tool_output(call_id.as_str(), name, &guard.mark(output)),
+                    speaker: Speaker::Tool,
+                    items: 1,
+                    bytes: item.text_bytes(),
+                });
+            }
+            Body::Compaction { summary } => {
+                answer.flush(guard, &mut entries);
+                entries.push(Entry {
+                    message: Message::text("user", &guard.mark(summary)),
+                    speaker: Speaker::Summary,
+                    items: 1,
+                    bytes: item.text_bytes(),
+                });
+            }
+        }
+    }
+    answer.flush(guard, &mut entries);
+    entries
+}
+
+/// The text of a message's parts, joined.
+fn text_of(item: &Item) -> String {
+    match &item.body {
+        Body::Message { parts, .. } => parts.iter().map(crate::item::Part::text).collect(),
+        Body::FunctionCall { .. }
+        | Body::FunctionCallOutput { .. }
+        | Body::Reasoning { .. }
+        | Body::CustomToolCall { .. }
+        | Body::CustomToolCallOutput { .. }
+        | Body::Compaction { .. } => String::new(),
+    }
+}
+
+/// A message of the assistant while its items are gathered.
+#[derive(Default)]
+struct Answer {
+    reasoning: Option<String>,
+    text: Option<String>,
+    calls: Vec<Arc<Item>>,
+    items: u32,
+    bytes: usize,
+}
+
+impl Answer {
+    fn add(&mut self, item: &Item) {
+        self.items += 1;
+        self.bytes += item.text_bytes();
+    }
+
+    fn flush(&mut self, guard: &Guard, entries: &mut Vec<Entry>) {
+        if self.items == 0 {
+            return;
+        }
+        let answer = std::mem::take(self);
+        let marked: Vec<(&str, &str, String)> = answer
+            .calls
+            .iter()
+            .filter_map(|item| match &item.body {
+                Body::FunctionCall {
+                    call_id,
+                    name,
+                    arguments,
+                }
+                | Body::CustomToolCall {
+                    call_id,
+                    name,
+                    arguments,
+                    ..
+                } => Some((
+                    call_id.as_str(),
+                    &**name,
+                    guard.mark_json(arguments).into_owned(),
+                )),
+                Body::Message { .. }
+                | Body::FunctionCallOutput { .. }
+                | Body::Reasoning { .. }
+                | Body::CustomToolCallOutput { .. }
+                | Body::Compaction { .. } => None,
+            })
+            .collect();
+        let calls: Vec<Call<'_>> = marked
+            .iter()
+            .map(|(id, name, arguments)| Call {
+                id,
+                name,
+                arguments,
+            })
+            .collect();
+        let reasoning = answer.reasoning.as_deref().map(|text| guard.mark(text));
+        let text = answer.text.as_deref().map(|text| guard.mark(text));
+        entries.push(Entry {
+            message: Message::assistant(reasoning.as_deref(), text.as_deref(), &calls),
+            speaker: Speaker::Model,
+            items: answer.items,
+            bytes: answer.bytes,
+        });
+    }
+}
+
+/// A conversation as text, with the places where literals of added tokens are only text.
+struct Text {
+    text: String,
+    untrusted: Vec<usize>,
+}
+
+/// A prompt that was made from the one before it.
+pub struct Rendered {
+    /// Text and tokens.
+    pub rope: Rope,
+    /// Tokens that the tokenizer produced for it.
+    pub encoded_tokens: usize,
+    /// The part that was encoded, for a later rendering to take over.
+    pub tail: Tail,
+}
+
+/// The newest part of a rendering with its tokens.
+pub struct Tail {
+    text: String,
+    at_start: bool,
+    untrusted: Vec<usize>,
+    encoded: Encoded,
+}
+
+/// Renders a conversation onto what the ledger holds of it.
+///
+/// `previous` is the rope of the prompt and sample before; it may hold anything, even another
+/// conversation: what it shares with this one is kept. `ahead` is a rendering that was made while
+/// the model still sampled; what it encoded is not encoded again.
+///
+/// # Errors
+///
+/// `invalid_request` where the template refuses the conversation.
+pub fn render(
+    artifacts: &Artifacts,
+    head: &Head,
+    messages: &[Message],
+    generation_prompt: bool,
+    previous: &Rope,
+    ahead: Option<&Tail>,
+) -> Result<Rendered, Error> {
+    let Text { text, untrusted } = to_text(artifacts, head, messages, generation_prompt)?;
+    let common = previous.common_bytes(&text, &untrusted);
+    let boundary = previous.boundary(common);
+    let kept = previous.truncated(boundary);
+    let new = &text[boundary.byte..];
+    // An added token takes the white space behind it also where it was sampled.
+    let swallows = kept
+        .last_sampled()
+        .is_some_and(|id| artifacts.tokenizer.swallows_after(id));
+    let at = if swallows {
+        text.len() - new.trim_start().len()
+    } else {
+        boundary.byte
+    };
+    let untrusted = &untrusted[untrusted.partition_point(|p| *p < at)..];
+    let mut tail = Tail {
+        text: text[at..].to_owned(),
+        at_start: at == 0,
+        untrusted: untrusted.iter().map(|p| p - at).collect(),
+        encoded: Encoded::default(),
+    };
+    tail.encoded = tail.encode(artifacts, ahead);
+    let encoded = &tail.encoded;
+    let rope = kept.with_rendered(Draft {
+        text: new.to_owned(),
+        ids: encoded.ids.clone(),
+        cuts: moved(&encoded.cuts, Cut::default(), at, boundary.token).collect(),
+        untrusted: untrusted.to_vec(),
+        spans: Vec::new(),
+    });
+    Ok(Rendered {
+        rope,
+        encoded_tokens: encoded.ids.len(),
+        tail,
+    })
+}
+
+/// The text of a conversation, as it would be rendered from nothing.
+///
+/// # Errors
+///
+/// As [`render`].
+pub fn text(
+    artifacts: &Artifacts,
+    head: &Head,
+    messages: &[Message],
+    generation_prompt: bool,
+) -> Result<String, Error> {
+    to_text(artifacts, head, messages, generation_prompt).map(|Text { text, .. }| text)
+}
+
+fn to_text(
+    artifacts: &Artifacts,
+    head: &Head,
+    messages: &[Message],
+    generation_prompt: bool,
+) -> Result<Text, Error> {
+    let with_system: Vec<Message>;
+    let messages = match &head.system {
+        None => messages,
+        Some(system) => {
+            with_system = std::iter::once(system).chain(messages).cloned().collect();
+            &with_system
+        }
+    };
+    let rendered = artifacts
+        .template
+        .render(&RenderInput {
+            messages,
+            tools: head.tools.as_ref(),
+            add_generation_prompt: generation_prompt,
+            now: head.date.at(0, 0, 0, 0),
+            kwargs: &head.kwargs,
+        })
+        .map_err(refused)?;
+    let (text, untrusted) = artifacts.tokenizer.guard().unmark(rendered);
+    Ok(Text { text, untrusted })
+}
+
+fn refused(error: TemplateError) -> Error {
+    Error::new(
+        Code::InvalidRequest,
+        format!("the model's template refuses this conversation: {error}"),
+    )
+    .at("create.input")
+}
+
+impl Tail {
+    /// Encodes its text, taking over from `ahead` what both begin and end with.
+    fn encode(&self, artifacts: &Artifacts, ahead: Option<&Self>) -> Encoded {
+        let tokenizer = &artifacts.tokenizer;
+        let mut encoded = Encoded::default();
+        let Some(ahead) = ahead.filter(|ahead| ahead.at_start == self.at_start) else {
+            tokenizer.encode(&self.text, self.at_start, &self.untrusted, &mut encoded);
+            return encoded;
+        };
+        if (&ahead.text, &ahead.untrusted) == (&self.text, &self.untrusted) {
+            return ahead.encoded.clone();
+        }
+        // Text may be cut before an added token that both have: on either side of the middle the
+        // halves encode on their own to what the whole encodes to.
+        let common = common_prefix(ahead.text.as_bytes(), self.text.as_bytes());
+        let common = common.min(first_difference(
+            &ahead.untrusted,
+            &self.untrusted,
+            0..common,
+        ));
+        let cuts = &ahead.encoded.cuts;
+        let before = cuts.partition_point(|cut| cut.byte + cut.len <= common);
+        let head = before.checked_sub(1).map_or(Cut::default(), |at| cuts[at]);
+        let same = ahead.same_end(self, head.byte);
+        let after = cuts.partition_point(|cut| cut.byte + same < ahead.text.len());
+        let last = cuts.get(after).copied();
+        let middle_end = last.map_or(self.text.len(), |cut| {
+            self.text.len() - (ahead.text.len() - cut.byte)
+        });
+
+        encoded
+            .ids
+            .extend_from_slice(&ahead.encoded.ids[..head.token]);
+        encoded
+            .cuts
+            .extend(cuts.iter().filter(|cut| cut.byte < head.byte));
+        let mut middle = Encoded::default();
+        let untrusted: Vec<usize> = self
+            .untrusted
+            .iter()
+            .filter(|p| (head.byte..middle_end).contains(p))
+            .map(|p| p - head.byte)
+            .collect();
+        tokenizer.encode(
+            &self.text[head.byte..middle_end],
+            self.at_start && head.byte == 0,
+            &untrusted,
+            &mut middle,
+        );
+        encoded
+            .cuts
+            .extend(moved(&middle.cuts, Cut::default(), head.byte, head.token));
+        encoded.ids.append(&mut middle.ids);
+        if let Some(last) = last {
+            let tokens = encoded.ids.len();
+            encoded.cuts.extend(moved(cuts, last, middle_end, tokens));
+            encoded
+                .ids
+                .extend_from_slice(&ahead.encoded.ids[last.token..]);
+        }
+        encoded
+    }
+
+    /// How many bytes this text and the other end with alike, trust included, behind the first
+    /// `head` bytes of each.
+    fn same_end(&self, other: &Self, head: usize) -> usize {
+        let (ours, theirs) = (
+            &self.text.as_bytes()[head..],
+            &other.text.as_bytes()[head..],
+        );
+        let pairs = std::iter::zip(ours.iter().rev(), theirs.iter().rev());
+        let bytes = pairs.take_while(|(a, b)| a == b).count();
+        let from_end = |tail: &Self| -> Vec<usize> {
+            let marks = tail.untrusted.iter().rev();
+            marks.map(|p| tail.text.len() - p).collect()
+        };
+        let (ours, theirs) = (from_end(self), from_end(other));
+        bytes.min(first_difference(&ours, &theirs, 0..bytes + 1).saturating_sub(1))
+    }
+
+    /// How many tokens it holds.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.encoded.ids.len()
+    }
+}
+
+/// The cuts from `from` on, moved to where that one now stands.
+fn moved(cuts: &[Cut], from: Cut, byte: usize, token: usize) -> impl Iterator<Item = Cut> {
+    let later = cuts.iter().filter(move |cut| cut.byte >= from.byte);
+    later.map(move |cut| Cut {
+        byte: cut.byte - from.byte + byte,
+        token: cut.token - from.token + token,
+        len: cut.len,
+    })
+}
+
+/// The head alone, instructions and tools, as far as every conversation under it begins with it.
+/// `None` where the template refuses to render without a conversation around it.
+#[must_use]
+pub fn render_head(artifacts: &Artifacts, head: &Head) -> Option<Rope> {
+    let with = |text: &str| to_text(artifacts, head, &[Message::text("user", text)], false).ok();
+    let (one, two) = (with("0")?, with("1")?);
+    let mut encoded = Encoded::default();
+    artifacts
+        .tokenizer
+        .encode(&one.text, true, &one.untrusted, &mut encoded);
+    let whole = Rope::default().with_rendered(Draft {
+        text: one.text.clone(),
+        untrusted: one.untrusted.clone(),
+        ..Draft::default()
+    });
+    let common = whole.common_bytes(&two.text, &two.untrusted);
+    // Up to the last added token that both share, that token included: a conversation is cut before it.
+    let cuts = encoded
+        .cuts
+        .partition_point(|cut| cut.byte + cut.len <= common);
+    let last = *encoded.cuts[..cuts].last()?;
+    let (bytes, tokens) = (last.byte + last.len, last.token + 1);
+    encoded.cuts.truncate(cuts);
+    Some(Rope::default().with_rendered(Draft {
+        text: one.text[..bytes].to_owned(),
+        ids: encoded.ids[..tokens].to_vec(),
+        cuts: encoded.cuts,
+        untrusted: one.untrusted.into_iter().filter(|p| *p < bytes).collect(),
+        spans: Vec::new(),
+    }))
+}
+
+/// Heads that were rendered before, for all streams: one with the same model, instructions and
+/// tools encodes none of them again. Bounded by bytes; a tenant finds only its own.
+pub struct Heads {
+    cache: moka::sync::Cache<[u8; 32], CachedHead>,
+}
+
+/// A head with its tokens.
+#[derive(Clone)]
+pub struct CachedHead {
+    /// The head.
+    pub head: Arc<Head>,
+    /// What every prompt under it begins with; empty where the template tells no such thing.
+    pub rope: Rope,
+}
+
+impl Heads {
+    /// An empty cache that holds at most this many bytes.
+    #[must_use]
+    pub fn new(bytes_max: u64) -> Self {
+        Self {
+            cache: moka::sync::Cache::builder()
+                .max_capacity(bytes_max)
+                // The values of instructions and tools take about as much as their rendered text.
+                .weigher(|_, cached: &CachedHead| {
+                    let bytes = cached.rope.bytes_beyond(&Rope::default())
+                        + 2 * cached.rope.len_bytes()
+                        + 1024;
+                    u32::try_from(bytes).unwrap_or(u32::MAX)
+                })
+                .build(),
+        }
+    }
+
+    /// The head for these settings, and whether it was there already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Head::new`].
+    pub fn get(
+        &self,
+        tenant: &Tenant,
+        artifacts: &Artifacts,
+        settings: &Settings,
+        date: jiff::civil::Date,
+    ) -> Result<(CachedHead, bool), Error> {
+        let key = head_key(tenant, artifacts, settings, date);
+        if let Some(cached) = self.cache.get(&key) {
+            return Ok((cached, true));
+        }
+        let head = Head::new(settings, artifacts, date)?;
+        let rope = render_head(artifacts, &head).unwrap_or_default();
+        let cached = CachedHead {
+            head: Arc::new(head),
+            rope,
+        };
+        self.cache.insert(key, cached.clone());
+        Ok((cached, false))
+    }
+}
+
+/// Names everything that a head is made of, each part with its length so that no two are confused.
+fn head_key(
+    tenant: &Tenant,
+    artifacts: &Artifacts,
+    settings: &Settings,
+    date: jiff::civil::Date,
+) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    part(tenant.as_str().as_bytes());
+    part(&artifacts.fingerprint);
+    part(date.to_string().as_bytes());
+    part(
+        settings
+            .reasoning_effort
+            .map_or("", Effort::as_str)
+            .as_bytes(),
+    );
+    for text in settings.instructions.iter() {
+        part(text.as_bytes());
+    }
+    part(b"tools");
+    for tool in settings.tools() {
+        part(tool.name.as_bytes());
+        part(tool.description.as_deref().unwrap_or("\0").as_bytes());
+        match &tool.kind {
+            ToolKind::Function { parameters, .. } => part(parameters.as_bytes()),
+            ToolKind::Custom => part(b"\0custom"),
+        }
+    }
+    hash.finalize().into()
+}

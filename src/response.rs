@@ -1,0 +1,971 @@
+//! One response in progress: a state machine without time or channels.
+//!
+//! ```text
+//!            ┌──────────────── input has come ────────────────┐
+//!            ▼                                                │
+//!   begin ─ prompt ─ sampling ─ round ends ─┬─ calls open, held ─ awaiting input
+//!                                           ├─ calls open, or none ─ finished
+//!                                           └─ input came meanwhile ─ prompt
+//! ```
+//!
+//! The response owns what it staged; nothing of it is on the ledger for others before
+//! [`Open::commit`], and dropping it leaves no trace.
+
+mod round;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{
+    backend::{Chunk, Prompt, SampleEnd, Sampling},
+    event::{
+        Code, Done, Error, Event, Finish, IncompleteReason, PromptReport, RerenderReason,
+        SampleReport, Status, Timing, Usage,
+    },
+    item::{Body, Item, Part, ResponseId, Role, Tenant},
+    ledger::Rope,
+    model::Model,
+    render::{self, CachedHead, Entry, Head, Heads, Speaker, Tail, Visible},
+    request::{NewItem, OpenCall, Settings, Truncation, ValidItem, validate_append},
+    safety::{self, Cleared},
+    session::{Committed, Held, Storing, View},
+};
+
+use round::Round;
+
+/// About what templates write around a message, in bytes.
+const MESSAGE_BYTES: usize = 48;
+
+/// What a response begins with.
+pub struct Begin {
+    /// Its id.
+    pub id: ResponseId,
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// The model.
+    pub model: Arc<Model>,
+    /// The settings in force.
+    pub settings: Arc<Settings>,
+    /// What it continues.
+    pub parent: Option<Arc<Committed>>,
+    /// The date, for a conversation that begins.
+    pub today: jiff::civil::Date,
+    /// What is new.
+    pub input: Cleared,
+    /// Calls that are open once the input is in.
+    pub open_calls: Vec<OpenCall>,
+    /// Milliseconds since 1970.
+    pub created_at_ms: u64,
+    /// What the create carried.
+    pub metadata: BTreeMap<String, String>,
+    /// Whether `done` repeats the output.
+    pub include_output: bool,
+    /// Whether it stays open after calls.
+    pub hold: bool,
+    /// Whether whole items are sent only.
+    pub no_deltas: bool,
+}
+
+/// A response in progress.
+pub struct Open {
+    id: ResponseId,
+    tenant: Tenant,
+    model: Arc<Model>,
+    settings: Arc<Settings>,
+    head: Arc<Head>,
+    parent: Option<Arc<Committed>>,
+    created_at_ms: u64,
+    metadata: BTreeMap<String, String>,
+    include_output: bool,
+    then: Then,
+    no_deltas: bool,
+
+    /// Admitted input that no prompt holds yet.
+    staged: Vec<ValidItem>,
+    /// Messages that steer: they follow the outputs of the open calls.
+    steering: Vec<ValidItem>,
+    open_calls: Vec<OpenCall>,
+    /// What the conversation has got in this response: the input of each command and the output
+    /// of each sample, in order.
+    batches: Vec<Vec<ValidItem>>,
+    /// The messages that they make; all messages of the conversation where the model changed.
+    entries: Vec<Entry>,
+    /// How many messages of the conversation stand before `entries`.
+    entries_start: usize,
+    visible: Visible,
+    /// The last prompt and, once its sample has ended, that sample.
+    rope: Rope,
+    prompt_tokens: usize,
+    prompt_entries: usize,
+    /// Why the next prompt may not extend the last one, where that is known beforehand.
+    rerender: Option<RerenderReason>,
+    /// What was rendered of early input.
+    ahead: Option<Tail>,
+    head_tokens: HeadTokens,
+
+    input: Vec<Arc<Item>>,
+    output: Vec<Arc<Item>>,
+    /// The position that the next output item gets.
+    output_index: u32,
+    usage: Usage,
+    /// Tokens that were sampled before the sample in progress, or the last one.
+    sampled_before: u32,
+    report: PromptReport,
+    finish: Option<Finish>,
+    round: Option<Round>,
+}
+
+/// What becomes of a response when a sample has ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// It goes on where input has come, and waits for the outputs of open calls.
+    Hold,
+    /// It goes on where input has come, and ends with open calls.
+    GoOn,
+    /// It ends as it stands.
+    End,
+}
+
+/// Input that no prompt holds yet, and the calls that are open with it.
+struct Waiting {
+    staged: Vec<ValidItem>,
+    steering: Vec<ValidItem>,
+    open_calls: Vec<OpenCall>,
+}
+
+/// What a rendering ahead makes of what is still to come: an answer of which no item is whole, and
+/// outputs of open calls.
+#[derive(Clone, Copy)]
+enum Missing {
+    Absent,
+    /// Something stands in its place, so that a template which refuses is known to refuse the input.
+    StoodInFor,
+}
+
+const STAND_IN: &str = "-";
+
+fn stand_in(body: Body) -> ValidItem {
+    ValidItem {
+        item: Arc::new(Item::new(body)),
+        answers: None,
+    }
+}
+
+fn too_long(tokens: usize, limit: usize) -> Error {
+    Error::new(
+        Code::ContextLengthExceeded,
+        format!(
+            "the prompt has {tokens} tokens, {} more than leave room to sample in the model's {limit}",
+            tokens - limit + 1
+        ),
+    )
+}
+
+/// The head's part in the report of a new conversation's first prompt.
+#[derive(Clone, Copy)]
+enum HeadTokens {
+    Cached,
+    Encoded(usize),
+    /// The first prompt under another model: so many tokens were there under the one before, and so
+    /// many were encoded for the head.
+    OtherModel {
+        dropped: usize,
+        encoded: usize,
+    },
+    /// Not the first prompt of a new conversation.
+    Past,
+}
+
+/// What comes after a round, or after input to a held response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// All input for the next sample is there.
+    Sample,
+    /// Outputs of calls are missing, and the response is held for them.
+    Await,
+    /// The response ends with this status.
+    Finish(End),
+}
+
+/// How a response ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Well.
+    Completed,
+    /// Early.
+    Incomplete(IncompleteReason),
+}
+
+impl From<End> for Status {
+    fn from(end: End) -> Self {
+        match end {
+            End::Completed => Self::Completed,
+            End::Incomplete(reason) => Self::Incomplete(reason),
+        }
+    }
+}
+
+/// Why a sample is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoundEnd {
+    /// The model ended it, a stop text appeared, or enough calls were made.
+    Stop,
+    /// A limit of tokens was reached.
+    Length,
+    /// An item is whole and input waits for just that.
+    Boundary,
+    /// The client or the server went away.
+    Interrupted,
+}
+
+impl Open {
+    /// A response with its first prompt: everything but the sampling.
+    ///
+    /// # Errors
+    ///
+    /// `context_length_exceeded`, or `invalid_request` where the template refuses.
+    pub fn begin(begin: Begin, heads: &Heads, prepare_only: bool) -> Result<Self, Error> {
+        let artifacts = &begin.model.artifacts;
+        let parent = begin.parent.as_deref();
+        let head = match parent.map(|parent| (parent, parent.view_under(artifacts))) {
+            Some((parent, Some(view))) if begin.settings.renders_like(&parent.settings) => {
+                // Its tokens are on the parent's rope.
+                let cached = CachedHead {
+                    head: view.head.clone(),
+                    rope: Rope::default(),
+                };
+                (cached, true)
+            }
+            Some(_) | None => {
+                let date = parent.map_or(begin.today, |parent| parent.date);
+                heads.get(&begin.tenant, artifacts, &begin.settings, date)?
+            }
+        };
+        let mut open = Self::new(begin, head);
+        open.prepare(!prepare_only)?;
+        Ok(open)
+    }
+
+    /// A response that has its input and no prompt yet. With the head comes whether the cache had it.
+    fn new(begin: Begin, (cached, head_hit): (CachedHead, bool)) -> Self {
+        let Begin {
+            id,
+            tenant,
+            model,
+            settings,
+            parent,
+            today: _,
+            input,
+            open_calls,
+            created_at_ms,
+            metadata,
+            include_output,
+            hold,
+            no_deltas,
+        } = begin;
+        let artifacts = &model.artifacts;
+        let mut entries = Vec::new();
+        let mut entries_start = 0;
+        let mut visible = Visible::default();
+        let mut rope = cached.rope.clone();
+        let mut rerender = None;
+        let mut head_tokens = HeadTokens::Past;
+        let before = parent
+            .as_deref()
+            .map(|parent| (parent, parent.view_under(artifacts)));
+        match before {
+            None if head_hit => head_tokens = HeadTokens::Cached,
+            None => head_tokens = HeadTokens::Encoded(cached.rope.len_tokens()),
+            Some((parent, Some(view))) => {
+                rope = parent.rope.clone();
+                entries_start = view.entries_end;
+                visible = view.visible;
+                if !settings.renders_like(&parent.settings) {
+                    rerender = Some(RerenderReason::Settings);
+                }
+            }
+            Some((parent, None)) => {
+                // Another tokenizer has other literals to mark and other tokens: the messages are
+                // made anew. Their positions may differ: it sees all of them, and truncates anew.
+                rerender = Some(RerenderReason::Model);
+                let nodes: Vec<&Committed> = parent.chain().collect();
+                let batches = nodes.iter().rev().flat_map(|node| &node.batches);
+                entries = batches
+                    .flat_map(|batch| render::entries(batch, artifacts))
+                    .collect();
+                head_tokens = HeadTokens::OtherModel {
+                    dropped: parent.rope.len_tokens(),
+                    encoded: if head_hit { 0 } else { rope.len_tokens() },
+                };
+                // It may have room for more: it sees all that no summary stands for, and truncates anew.
+                visible = Visible::from_summary(&entries);
+            }
+        }
+        let mut staged = input.into_items();
+        let mut steering = Vec::new();
+        if let Some(parent) = &parent {
+            // Messages that steered too late stand right behind the outputs that they waited for.
+            let outputs = staged
+                .iter()
+                .take_while(|new| new.answers.is_some())
+                .count();
+            staged.splice(outputs..outputs, parent.pending.iter().cloned());
+            if parent
+                .open_calls
+                .iter()
+                .any(|call| open_calls.contains(call))
+            {
+                // Calls of the past are still open, which only a warm-up may leave so: messages wait on.
+                (steering, staged) = staged
+                    .into_iter()
+                    .partition(|new| matches!(new.item.body, Body::Message { .. }));
+            }
+        }
+        Self {
+            id,
+            tenant,
+            head: cached.head,
+            settings,
+            created_at_ms,
+            metadata,
+            include_output,
+            then: if hold { Then::Hold } else { Then::GoOn },
+            no_deltas,
+            staged,
+            steering,
+            open_calls,
+            batches: Vec::new(),
+            entries,
+            entries_start,
+            visible,
+            rope,
+            prompt_tokens: 0,
+            prompt_entries: 0,
+            rerender,
+            ahead: None,
+            head_tokens,
+            input: Vec::new(),
+            output: Vec::new(),
+            output_index: 0,
+            usage: Usage::default(),
+            sampled_before: 0,
+            report: PromptReport::default(),
+            finish: None,
+            round: None,
+            parent,
+            model,
+        }
+    }
+
+    /// The model that serves it.
+    #[must_use]
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// Calls without an output.
+    #[must_use]
+    pub fn open_calls(&self) -> &[OpenCall] {
+        &self.open_calls
+    }
+
+    /// Whether something of it was handed out whole.
+    #[must_use]
+    pub fn has_output(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// What it used so far.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Nobody can answer calls any more: it no longer stays open after them.
+    pub fn release(&mut self) {
+        if self.then == Then::Hold {
+            self.then = Then::GoOn;
+        }
+    }
+
+    /// The client wants its end: at once, or with the sample that runs. Input that has come is kept.
+    pub fn end_as_it_stands(&mut self) {
+        self.then = Then::End;
+    }
+
+    /// Whether input waits for the end of an item, so that the sample ends there.
+    fn steered(&self) -> bool {
+        self.then != Then::End && !self.steering.is_empty() && self.open_calls.is_empty()
+    }
+
+    /// Renders and tokenises what is staged; from here on it is part of the prompt.
+    ///
+    /// # Errors
+    ///
+    /// `context_length_exceeded`, or `invalid_request` where the template refuses.
+    pub fn prepare(&mut self, generation_prompt: bool) -> Result<(), Error> {
+        let mut batch = std::mem::take(&mut self.staged);
+        if self.open_calls.is_empty() {
+            batch.append(&mut self.steering);
+        }
+        self.admit_input(batch);
+        let previous = self.rope.clone();
+        let ahead = self.ahead.take();
+        let mut rendered = self.render(&self.messages(), generation_prompt, ahead.as_ref())?;
+        let limit = self.model.context_length as usize;
+        while rendered.rope.len_tokens() >= limit {
+            let tokens = rendered.rope.len_tokens();
+            if self.settings.truncation != Some(Truncation::Auto)
+                || !self.hide(&rendered.rope, limit)
+            {
+                return Err(too_long(tokens, limit).at("create.input"));
+            }
+            self.rerender = Some(RerenderReason::Truncation);
+            rendered = self.render(&self.messages(), generation_prompt, None)?;
+        }
+        self.rope = rendered.rope;
+        self.prompt_tokens = self.rope.len_tokens();
+        self.prompt_entries = self.entries_start + self.entries.len();
+        self.report = self.report_on(&previous, rendered.encoded_tokens);
+        Ok(())
+    }
+
+    fn render(
+        &self,
+        messages: &[crate::template::Message],
+        generation_prompt: bool,
+        ahead: Option<&Tail>,
+    ) -> Result<render::Rendered, Error> {
+        let artifacts = &self.model.artifacts;
+        render::render(
+            artifacts,
+            &self.head,
+            messages,
+            generation_prompt,
+            &self.rope,
+            ahead,
+        )
+    }
+
+    fn report_on(&mut self, previous: &Rope, encoded: usize) -> PromptReport {
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let reused = self.rope.common_tokens(previous);
+        let rerender = self.rerender.take();
+        let mut report = PromptReport {
+            tokens: count(self.rope.len_tokens()),
+            encoded_tokens: count(encoded),
+            sampled_tokens: count(self.rope.sampled_tokens()),
+            truncated_items: self.visible.hidden_items,
+            ..PromptReport::default()
+        };
+        match std::mem::replace(&mut self.head_tokens, HeadTokens::Past) {
+            HeadTokens::Cached => {
+                report.head_tokens_cached = count(reused);
+                report.extends_previous = true;
+            }
+            HeadTokens::Encoded(head) => {
+                report.encoded_tokens += count(head);
+                report.extends_previous = true;
+            }
+            HeadTokens::OtherModel { dropped, encoded } => {
+                report.encoded_tokens += count(encoded);
+                report.dropped_tokens = count(dropped);
+                report.rerender = Some(RerenderReason::Model);
+            }
+            HeadTokens::Past => {
+                report.reused_tokens = count(reused);
+                report.dropped_tokens = count(previous.len_tokens() - reused);
+                report.extends_previous = reused == previous.len_tokens();
+                if !report.extends_previous {
+                    report.rerender = Some(rerender.unwrap_or(RerenderReason::Template));
+                }
+            }
+        }
+        report
+    }
+
+    /// Puts input behind the conversation.
+    fn admit_input(&mut self, batch: Vec<ValidItem>) {
+        if !batch.is_empty() {
+            self.input.extend(batch.iter().map(|new| new.item.clone()));
+            self.admit(batch);
+        }
+    }
+
+    /// Puts a batch of items behind the conversation.
+    fn admit(&mut self, batch: Vec<ValidItem>) {
+        let entries = render::entries(&batch, &self.model.artifacts);
+        let compacts = entries
+            .iter()
+            .any(|entry| entry.speaker == Speaker::Summary);
+        self.entries.extend(entries);
+        self.batches.push(batch);
+        if compacts {
+            self.visible = Visible::from_summary(&self.all_entries());
+            self.rerender = Some(RerenderReason::Truncation);
+        }
+    }
+
+    /// Takes the oldest exchanges out of the prompt, so that about a quarter of the context gets
+    /// free and the next steps need not do it again. False when nothing more can go.
+    fn hide(&mut self, rendered: &Rope, limit: usize) -> bool {
+        let all = self.all_entries();
+        let surplus = rendered.len_tokens() - limit * 3 / 4;
+        // Text of messages takes about as many tokens a byte as the whole prompt does.
+        let surplus_bytes = surplus * rendered.len_bytes() / rendered.len_tokens().max(1);
+        let mut freed = 0;
+        let mut from = None;
+        for (at, pair) in (self.visible.from + 1..).zip(all[self.visible.from..].windows(2)) {
+            freed += pair[0].bytes + MESSAGE_BYTES;
+            if pair[1].speaker != Speaker::Tool {
+                from = Some(at);
+                if freed >= surplus_bytes {
+                    break;
+                }
+            }
+        }
+        let Some(from) = from else {
+            return false;
+        };
+        let pinned = match all[from].speaker {
+            Speaker::Client | Speaker::Tool | Speaker::Summary => None,
+            Speaker::Model => all[..from]
+                .iter()
+                .rposition(|entry| matches!(entry.speaker, Speaker::Client | Speaker::Summary)),
+        };
+        self.visible = Visible::new(&all, from, pinned);
+        true
+    }
+
+    /// All messages of the conversation. Linear in the history: for truncation alone.
+    fn all_entries(&self) -> Vec<Entry> {
+        self.entries_since(0)
+    }
+
+    fn entries_since(&self, first: usize) -> Vec<Entry> {
+        let mut parts: Vec<&[Entry]> = vec![&self.entries];
+        let mut start = self.entries_start;
+        let mut node = self.parent.as_deref();
+        while start > first
+            && let Some(parent) = node
+            && let Some(view) = &parent.view
+        {
+            parts.push(&view.entries);
+            start = view.entries_end - view.entries.len();
+            node = parent.parent.as_deref();
+        }
+        let skip = first.saturating_sub(start);
+        parts.reverse();
+        parts.into_iter().flatten().skip(skip).cloned().collect()
+    }
+
+    /// The messages that the model sees. Linear in their number, since the template is.
+    fn messages(&self) -> Vec<crate::template::Message> {
+        let first = self.visible.pinned.unwrap_or(self.visible.from);
+        let seen = self.entries_since(first);
+        let behind = self.visible.from - first;
+        let pinned = self.visible.pinned.and_then(|_| seen.first());
+        pinned
+            .into_iter()
+            .chain(&seen[behind.min(seen.len())..])
+            .map(|entry| entry.message.clone())
+            .collect()
+    }
+
+    /// The prompt, for a sample that now begins.
+    pub fn begin_round(&mut self) -> Prompt {
+        let prompt = self.prompt();
+        self.usage.samples += 1;
+        self.sampled_before = self.usage.output_tokens;
+        self.usage.input_tokens += self.report.tokens;
+        self.round = Some(Round::new(self));
+        prompt
+    }
+
+    /// The prompt as it stands.
+    #[must_use]
+    pub fn prompt(&self) -> Prompt {
+        let settings = &self.settings;
+        let tools = settings
+            .tools()
+            .iter()
+            .filter(|tool| settings.may_call(tool))
+            .map(|tool| tool.name.clone())
+            .collect();
+        Prompt {
+            response_id: self.id.clone(),
+            tenant: self.tenant.clone(),
+            affinity: self.affinity(),
+            tokens: self.rope.clone(),
+            recent: self.recent(),
+            sampling: Sampling {
+                max_tokens: self.max_tokens(),
+                end_tokens: self.model.artifacts.end_tokens.clone(),
+                temperature: settings.temperature.unwrap_or(1.0),
+                top_p: settings.top_p.unwrap_or(1.0),
+                top_k: settings.top_k.unwrap_or(0),
+                seed: settings.seed.unwrap_or_else(rand::random),
+                presence_penalty: settings.presence_penalty.unwrap_or(0.0),
+                frequency_penalty: settings.frequency_penalty.unwrap_or(0.0),
+                logit_bias: settings.logit_bias.clone().unwrap_or_default(),
+                top_logprobs: settings.top_logprobs,
+                tools,
+            },
+        }
+    }
+
+    fn max_tokens(&self) -> u32 {
+        let asked = self
+            .settings
+            .max_output_tokens
+            .unwrap_or(self.model.output_tokens_max)
+            .min(self.model.output_tokens_max);
+        let room = self.model.context_length.saturating_sub(self.report.tokens);
+        asked.saturating_sub(self.usage.output_tokens).min(room)
+    }
+
+    /// Conversations that share a prefix share it: the root's id, or what the client chose.
+    fn affinity(&self) -> Arc<str> {
+        if let Some(key) = &self.settings.prompt_cache_key {
+            return key.clone();
+        }
+        self.parent
+            .as_ref()
+            .map_or_else(|| self.id.as_str().into(), |parent| parent.affinity.clone())
+    }
+
+    /// The items since the last message of the user, for backends that read them.
+    fn recent(&self) -> Vec<Arc<Item>> {
+        if !self.model.backend.capabilities().reads_items {
+            return Vec::new();
+        }
+        let past = self
+            .parent
+            .iter()
+            .flat_map(|parent| parent.chain())
+            .flat_map(|node| node.batches.iter().rev());
+        let batches = self.batches.iter().rev().chain(past);
+        let mut items = Vec::new();
+        for new in batches.flat_map(|batch| batch.iter().rev()) {
+            items.push(new.item.clone());
+            if matches!(
+                new.item.body,
+                Body::Message {
+                    role: Role::User,
+                    ..
+                }
+            ) {
+                break;
+            }
+        }
+        items.reverse();
+        items
+    }
+
+    /// Takes a chunk of the sample, and adds the events that it gives. `Some` when the sample is over.
+    ///
+    /// # Errors
+    ///
+    /// `backend_error` when the chunk holds a token that the vocabulary does not know.
+    pub fn chunk(
+        &mut self,
+        chunk: Chunk,
+        events: &mut Vec<Event>,
+    ) -> Result<Option<RoundEnd>, Error> {
+        let Some(mut round) = self.round.take() else {
+            return Ok(Some(RoundEnd::Stop));
+        };
+        self.usage.cached_tokens += chunk.cached_tokens.unwrap_or(0);
+        let mut logprobs = chunk.logprobs.into_iter();
+        let mut end = None;
+        for id in chunk.tokens {
+            self.usage.output_tokens += 1;
+            end = round.token(id, logprobs.next(), self, events)?;
+            if end.is_some() {
+                break;
+            }
+        }
+        self.usage.reasoning_tokens += round.take_reasoning_tokens();
+        self.round = Some(round);
+        Ok(end.or_else(|| {
+            chunk.finish.map(|finish| match finish {
+                SampleEnd::Stop => RoundEnd::Stop,
+                SampleEnd::Length => RoundEnd::Length,
+            })
+        }))
+    }
+
+    /// Ends the sample: its tokens go behind the prompt exactly as they were sampled, its items
+    /// behind the conversation.
+    pub fn end_round(&mut self, end: RoundEnd, events: &mut Vec<Event>) -> Next {
+        let Some(mut round) = self.round.take() else {
+            return Next::Finish(End::Completed);
+        };
+        round.finish(end, self, events);
+        let (draft, outputs, output_index) = round.into_parts();
+        self.output_index = output_index;
+        self.rope = self.rope.with_sampled(draft);
+        let called = outputs.iter().any(|new| new.item.call().is_some());
+        if !outputs.is_empty() {
+            self.output
+                .extend(outputs.iter().map(|new| new.item.clone()));
+            self.admit(outputs);
+        }
+        self.finish = match end {
+            RoundEnd::Stop | RoundEnd::Boundary if called => Some(Finish::ToolCalls),
+            RoundEnd::Stop | RoundEnd::Boundary => Some(Finish::Stop),
+            RoundEnd::Length => Some(Finish::Length),
+            RoundEnd::Interrupted => None,
+        };
+        match end {
+            RoundEnd::Length => Next::Finish(End::Incomplete(IncompleteReason::MaxOutputTokens)),
+            RoundEnd::Interrupted => Next::Finish(End::Incomplete(IncompleteReason::Interrupted)),
+            RoundEnd::Stop | RoundEnd::Boundary => self.next(),
+        }
+    }
+
+    /// What comes next, when nothing is sampled.
+    #[must_use]
+    pub fn next(&self) -> Next {
+        let input = !self.staged.is_empty() || !self.steering.is_empty();
+        match (self.then, self.open_calls.is_empty()) {
+            (Then::Hold | Then::GoOn, true) if input => {
+                if self.max_tokens() == 0 {
+                    return Next::Finish(End::Incomplete(IncompleteReason::MaxOutputTokens));
+                }
+                Next::Sample
+            }
+            (Then::Hold, false) => Next::Await,
+            (Then::Hold | Then::GoOn, _) | (Then::End, _) => Next::Finish(End::Completed),
+        }
+    }
+
+    /// Adds input of an `append`. While a sample runs it waits for the boundary.
+    ///
+    /// # Errors
+    ///
+    /// `invalid_request`, `no_such_call` or `context_length_exceeded`; then nothing was added.
+    pub fn append(&mut self, input: Vec<NewItem>, held: &Held) -> Result<Event, Error> {
+        let item_ids = input.iter().map(|new| new.id().clone()).collect();
+        let mut open_calls = self.open_calls.clone();
+        let valid = validate_append(input, &mut open_calls, &|id| held.find_item(id))?;
+        let (outputs, messages): (Vec<_>, Vec<_>) = safety::clear(valid)
+            .into_items()
+            .into_iter()
+            .partition(|new| new.answers.is_some());
+        let calls = match &self.round {
+            Some(round) => round.outputs(),
+            None => self.batches.last().map_or(&[][..], Vec::as_slice),
+        };
+        let mut staged = [self.staged.as_slice(), &outputs].concat();
+        // In the order of their calls, whichever tool was first: by nothing else do some templates
+        // tell outputs apart.
+        staged.sort_by_key(|new| {
+            let answered = new.item.answers();
+            calls
+                .iter()
+                .position(|call| call.item.call().map(|(id, _)| id) == answered)
+        });
+        let steering = [self.steering.as_slice(), &messages].concat();
+        let mut other = Waiting {
+            staged,
+            steering,
+            open_calls,
+        };
+        self.swap(&mut other);
+        match self.render_ahead() {
+            Ok(tail) => self.ahead = tail.or(self.ahead.take()),
+            Err(error) => {
+                self.swap(&mut other);
+                // What the template refuses already, for what was accepted before, is not this input's fault.
+                let refused_before =
+                    error.code == Code::InvalidRequest && self.render_ahead().is_err();
+                if !refused_before {
+                    return Err(error.at("append.input"));
+                }
+                self.swap(&mut other);
+            }
+        }
+        let tokens = self.ahead.as_ref().map_or(0, Tail::tokens);
+        Ok(Event::Appended {
+            item_ids,
+            queued: self.round.is_some(),
+            tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+        })
+    }
+
+    fn swap(&mut self, other: &mut Waiting) {
+        std::mem::swap(&mut self.staged, &mut other.staged);
+        std::mem::swap(&mut self.steering, &mut other.steering);
+        std::mem::swap(&mut self.open_calls, &mut other.open_calls);
+    }
+
+    /// Renders the input that waits. `None` where the template wants more than there is.
+    ///
+    /// # Errors
+    ///
+    /// `context_length_exceeded` or `invalid_request` where no later prompt could hold the input
+    /// either: what is sampled and appended until then only adds to it.
+    fn render_ahead(&self) -> Result<Option<Tail>, Error> {
+        let Ok(rendered) = self.look_ahead(Missing::Absent) else {
+            self.look_ahead(Missing::StoodInFor)?;
+            return Ok(None);
+        };
+        let (tokens, limit) = (
+            rendered.rope.len_tokens(),
+            self.model.context_length as usize,
+        );
+        if tokens >= limit && self.settings.truncation != Some(Truncation::Auto) {
+            return Err(too_long(tokens, limit));
+        }
+        Ok(Some(rendered.tail))
+    }
+
+    /// The prompt as it will be, as far as its input is there, for the backend to prefill.
+    /// `None` where the backend prefills nothing, or the template wants more than there is.
+    #[must_use]
+    pub fn prompt_ahead(&self) -> Option<Prompt> {
+        if !self.model.backend.capabilities().prefill {
+            return None;
+        }
+        let rendered = self.look_ahead(Missing::Absent).ok()?;
+        Some(Prompt {
+            tokens: rendered.rope,
+            ..self.prompt()
+        })
+    }
+
+    /// Renders what is there now as if the sample had ended here.
+    fn look_ahead(&self, missing: Missing) -> Result<render::Rendered, Error> {
+        let artifacts = &self.model.artifacts;
+        let mut messages = self.messages();
+        let mut rope = self.rope.clone();
+        let mut input = self.staged.clone();
+        let mut add = |batch: &[ValidItem]| {
+            messages.extend(
+                render::entries(batch, artifacts)
+                    .into_iter()
+                    .map(|entry| entry.message),
+            );
+        };
+        if let Some(round) = &self.round {
+            add(round.outputs());
+            rope = rope.with_sampled(round.so_far());
+        }
+        match missing {
+            Missing::Absent => {}
+            Missing::StoodInFor => {
+                if self
+                    .round
+                    .as_ref()
+                    .is_some_and(|it| it.outputs().is_empty())
+                {
+                    add(&[stand_in(Body::Message {
+                        role: Role::Assistant,
+                        parts: vec![Part::InputText(STAND_IN.into())],
+                    })]);
+                }
+                input.extend(self.open_calls.iter().map(|call| ValidItem {
+                    answers: Some(call.name.clone()),
+                    ..stand_in(Body::FunctionCallOutput {
+                        call_id: call.call_id.clone(),
+                        output: STAND_IN.into(),
+                    })
+                }));
+            }
+        }
+        input.extend(self.steering.iter().cloned());
+        add(&input);
+        let ahead = self.ahead.as_ref();
+        render::render(artifacts, &self.head, &messages, true, &rope, ahead)
+    }
+
+    /// How the last prompt came to be, with the fingerprint of it and its sample.
+    #[must_use]
+    pub fn report(&self) -> PromptReport {
+        PromptReport {
+            fingerprint: self.rope.fingerprint(),
+            ..self.report
+        }
+    }
+
+    /// The sample that has just ended, which took this long.
+    #[must_use]
+    pub fn sample_report(&self, timing: Timing) -> SampleReport {
+        SampleReport {
+            prompt: self.report(),
+            timing,
+            output_tokens: self.usage.output_tokens - self.sampled_before,
+        }
+    }
+
+    /// How the response stands, to be told to the client.
+    #[must_use]
+    pub fn done(&self, status: Status, timing: Timing, earlier: Vec<SampleReport>) -> Event {
+        let done = Done {
+            status,
+            finish: self.finish,
+            call_ids: self
+                .open_calls
+                .iter()
+                .map(|call| call.call_id.clone())
+                .collect(),
+            output_item_ids: self.output.iter().map(|item| item.id.clone()).collect(),
+            usage: self.usage,
+            prompt: self.report(),
+            timing,
+            earlier,
+            output: if self.include_output {
+                self.output.clone()
+            } else {
+                Vec::new()
+            },
+        };
+        Event::Done(Box::new(done))
+    }
+
+    /// Ends the response and puts it on the ledger.
+    pub fn commit(mut self, status: Status, held: &Held) -> Arc<Committed> {
+        // Input that came too late for a sample is kept: outputs behind their calls, messages for later.
+        let mut late = std::mem::take(&mut self.staged);
+        let mut pending = std::mem::take(&mut self.steering);
+        if self.open_calls.is_empty() {
+            late.append(&mut pending);
+        }
+        self.admit_input(late);
+        let affinity = self.affinity();
+        let prompt = self.report();
+        let parent = self.parent.as_deref();
+        held.commit(Committed {
+            tenant: self.tenant,
+            root: parent.map_or_else(|| self.id.clone(), |parent| parent.root.clone()),
+            storing: Storing::new(&self.settings, parent),
+            affinity,
+            input: self.input,
+            prompt,
+            id: self.id,
+            parent: self.parent,
+            model: self.model.name.clone(),
+            settings: self.settings,
+            date: self.head.date(),
+            output: self.output,
+            batches: self.batches,
+            view: Some(View {
+                artifacts: self.model.artifacts.clone(),
+                head: self.head,
+                entries_end: self.entries_start + self.entries.len(),
+                entries: self.entries,
+                visible: self.visible,
+            }),
+            pending,
+            rope: self.rope,
+            prompt_tokens: self.prompt_tokens,
+            prompt_entries: self.prompt_entries,
+            open_calls: self.open_calls,
+            status,
+            finish: self.finish,
+            usage: self.usage,
+            created_at_ms: self.created_at_ms,
+            metadata: self.metadata,
+        })
+    }
+}

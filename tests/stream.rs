@@ -1,0 +1,24 @@
+//! Whole streams over channels, on a paused clock: each test is a conversation between a scripted
+//! client and a scripted backend, and compares what the client reads line by line.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::wildcard_enum_match_arm,
+    unreachable_pub,
+    reason = "a script that cannot go on should panic; what a test crate has is its own"
+)]
+
+#[path = "support/transcript.rs"]
+mod transcript;
+
+#[path = "stream/answers.rs"]
+mod answers;
+#[path = "stream/ends.rs"]
+mod ends;
+#[path = "stream/lanes.rs"]
+mod lanes;
+#[path = "stream/loops.rs"]
+mod loops;
+#[path = "stream/refusals.rs"]
+mod refusals;
