@@ -307,7 +307,24 @@ pub enum Engine {
         path: PathBuf,
         /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
         cache_bytes_max: Option<u64>,
+        /// What it computes on.
+        device: Device,
     },
+}
+
+/// What a local model computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// The accelerator that the program was built for, if there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// An Apple GPU.
+    Metal,
 }
 
 impl Model {
@@ -359,6 +376,7 @@ impl Model {
             engine: Engine::Local {
                 path: path.into(),
                 cache_bytes_max: None,
+                device: Device::default(),
             },
         })
     }

@@ -40,6 +40,12 @@ const FAILED: u8 = 1;
 const LEFTOVERS_TIME_MAX: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
+    #[cfg(feature = "local")]
+    #[allow(unsafe_code, reason = "nothing else runs yet")]
+    // SAFETY: there is no other thread yet.
+    unsafe {
+        hotloop::backend::local::set_thread_count();
+    }
     let ended = match Cli::parse().command {
         Command::Serve(flags) => serve(&flags),
         Command::CheckConfig(flags) => check_config(&flags),

@@ -1,8 +1,10 @@
-//! `local`: a model that runs in this process, on the CPU.
+//! `local`: a model that runs in this process, on the CPU or, where the program was built for one,
+//! on an accelerator.
 //!
-//! It reads a Hugging Face model directory (Llama, Qwen2, Qwen3) and computes in 32-bit floats.
-//! One thread runs the model for all samples in turn, one token each, and a prompt in pieces
-//! between them, so that a long prompt does not stall the others. The keys and values of every
+//! It reads a Hugging Face model directory (Llama, Qwen2, Qwen3), or one with a GGUF file in place
+//! of its safetensors, and computes in 32-bit floats, with quantised weights where the file has them.
+//! One thread runs the model for all samples at once, a token each in one forward pass, and prompts
+//! in pieces beside them, so that a long prompt does not stall the others. The keys and values of every
 //! conversation stay in memory, in blocks that forks share, so that a prompt costs what is new in it.
 //!
 //! A seed gives the same tokens again, up to rounding: into which pieces a prompt was cut changes
@@ -16,9 +18,12 @@
 
 mod cache;
 mod config;
+mod device;
 mod engine;
+mod gguf;
 mod kv;
 mod model;
+mod safetensors;
 mod sampler;
 mod weights;
 
@@ -34,18 +39,41 @@ use futures::{StreamExt as _, future::BoxFuture};
 
 use super::{Backend, BackendError, Capabilities, Chunks, Prompt};
 
+pub use device::DeviceChoice;
+
 use cache::Cache;
-use config::Config;
 use engine::{Engine, Limits, Work};
 use kv::Pool;
 use model::Model;
 use weights::Weights;
+
+/// Tells candle, by the environment, how many threads there are. It asks before every product,
+/// and where `RAYON_NUM_THREADS` is not set it reads `/proc/cpuinfo` each time: for a small model
+/// that takes several times as long as the product. What is set stays.
+///
+/// # Safety
+///
+/// No other thread may use the environment meanwhile: to be called first in `main`.
+#[allow(
+    unsafe_code,
+    reason = "candle can be told in no other way, and main has no threads yet"
+)]
+pub unsafe fn set_thread_count() {
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_none() {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        // SAFETY: the caller sees to it.
+        unsafe { std::env::set_var(VARIABLE, threads.to_string()) };
+    }
+}
 
 /// How a local model is run.
 #[derive(Debug, Clone)]
 pub struct LocalOptions {
     /// The model's name, for logs.
     pub name: Arc<str>,
+    /// What it computes on.
+    pub device: DeviceChoice,
     /// How many bytes of keys and values are kept, those of running samples included. Running
     /// samples are never stopped for it: they alone may take more.
     pub cache_bytes_max: usize,
@@ -65,11 +93,12 @@ pub struct LocalOptions {
 }
 
 impl LocalOptions {
-    /// The defaults: 4 GiB of cache, the model's own context, 8 samples in turn of 64 accepted.
+    /// The defaults: an accelerator if there is one, 4 GiB of cache, the model's own context, 8 samples in turn of 64 accepted.
     #[must_use]
     pub fn new(name: Arc<str>) -> Self {
         Self {
             name,
+            device: DeviceChoice::default(),
             cache_bytes_max: 4 << 30,
             context_length: None,
             jobs_max: 8,
@@ -169,7 +198,24 @@ pub enum LoadError {
         path: PathBuf,
         /// Why.
         #[source]
+        source: std::io::Error,
+    },
+    /// The device that was asked for cannot be had.
+    #[error("the device {device} cannot be used")]
+    Device {
+        /// What was asked for.
+        device: &'static str,
+        /// Why not.
+        #[source]
         source: candle_core::Error,
+    },
+    /// The weights are larger than the memory that is free.
+    #[error("the weights take {needed} bytes of memory, {available} are available")]
+    Memory {
+        /// In bytes, as they are computed with.
+        needed: u64,
+        /// In bytes, before anything was read.
+        available: u64,
     },
     /// A tensor is missing.
     #[error("the weights lack tensor {name} of shape {shape:?}")]
@@ -195,13 +241,28 @@ pub enum LoadError {
         /// Its name.
         name: String,
         /// Its type.
-        dtype: &'static str,
+        dtype: String,
     },
     /// A tensor could not be made into 32-bit floats.
     #[error("tensor {name} cannot be converted")]
     Convert {
         /// Its name.
         name: String,
+        /// Why.
+        #[source]
+        source: candle_core::Error,
+    },
+    /// The directory has no safetensors, and it does not say which GGUF file to take.
+    #[error("{} holds more than one GGUF file", path.display())]
+    ManyGguf {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A GGUF file is broken, or of a kind that cannot be computed with.
+    #[error("{} cannot be used as GGUF", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
         /// Why.
         #[source]
         source: candle_core::Error,
@@ -221,7 +282,8 @@ pub struct Local {
 
 impl Local {
     /// Reads the model and starts the engine's thread. Takes as long as reading the weights
-    /// does, and about four bytes of memory a parameter.
+    /// does, and about four bytes of memory a parameter. Whether there are so many is looked at
+    /// before.
     ///
     /// # Errors
     ///
@@ -231,7 +293,8 @@ impl Local {
         if !dir.is_dir() {
             return Err(LoadError::NotADirectory { path: dir.into() });
         }
-        let config = Config::read(dir)?;
+        let device = options.device.open()?;
+        let (config, weights) = Weights::open(dir, &device)?;
         let context_length = options.context_length.unwrap_or(config.context_length);
         if !(1..=config.context_length).contains(&context_length) {
             return Err(LoadError::ContextLength {
@@ -239,10 +302,14 @@ impl Local {
                 max: config.context_length,
             });
         }
-        let pool = Pool::new(config.kv_layout(options.block_tokens));
-        let model = Model::new(&config, Weights::read(dir)?)?;
+        if device.is_cpu() {
+            weights.fit(device::available_bytes())?;
+        }
+        let pool = Pool::new(config.kv_layout(options.block_tokens), &device);
+        let model = Model::new(&config, weights, &device)?;
         tracing::info!(
             model = &*options.name,
+            device = device::name(&device),
             family = ?config.family,
             layers = config.layers,
             vocab_size = config.vocab_size,

@@ -8,7 +8,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Config, ConfigError, Engine};
+use super::{Config, ConfigError, Device, Engine};
 
 pub(super) const TOKENS_PER_SECOND: f64 = 200.0;
 pub(super) const FIRST_TOKEN_MS: u64 = 50;
@@ -144,6 +144,7 @@ pub(super) struct Model {
     tokens_per_second: Option<f64>,
     first_token_ms: Option<u64>,
     cache_bytes_max: Option<u64>,
+    device: Option<Device>,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]
@@ -186,8 +187,13 @@ impl TryFrom<Model> for super::Model {
 
 impl Model {
     fn sim(&self) -> Result<Engine, String> {
-        if self.cache_bytes_max.is_some() {
-            return Err("cache_bytes_max is only for backend = \"local\"".into());
+        for (key, given) in [
+            ("cache_bytes_max", self.cache_bytes_max.is_some()),
+            ("device", self.device.is_some()),
+        ] {
+            if given {
+                return Err(format!("{key} is only for backend = \"local\""));
+            }
         }
         let tokens_per_second = self.tokens_per_second.unwrap_or(TOKENS_PER_SECOND);
         if !(0.0..=1e6).contains(&tokens_per_second) {
@@ -222,6 +228,7 @@ impl Model {
         Ok(Engine::Local {
             path,
             cache_bytes_max: self.cache_bytes_max,
+            device: self.device.unwrap_or_default(),
         })
     }
 }
@@ -239,6 +246,7 @@ impl From<super::Model> for Model {
             tokens_per_second: None,
             first_token_ms: None,
             cache_bytes_max: None,
+            device: None,
         };
         match model.engine {
             Engine::Sim {
@@ -257,9 +265,11 @@ impl From<super::Model> for Model {
             Engine::Local {
                 path,
                 cache_bytes_max,
+                device,
             } => Self {
                 path: Some(path),
                 cache_bytes_max,
+                device: Some(device),
                 ..blank
             },
         }

@@ -262,6 +262,7 @@ fn models_are_read_and_exactly_one_is_the_default() {
         path = "models/qwen"
         context_length = 4096
         cache_bytes_max = 1048576
+        device = "cpu"
         [[model]]
         name = "sim"
         default = true
@@ -279,6 +280,7 @@ fn models_are_read_and_exactly_one_is_the_default() {
         engine: Engine::Local {
             path: directory.join("models/qwen"),
             cache_bytes_max: Some(1 << 20),
+            device: Device::Cpu,
         },
     };
     let sim = Model {
@@ -308,6 +310,10 @@ fn models_are_read_and_exactly_one_is_the_default() {
     assert_eq!(
         two("cache_bytes_max = 1", "b"),
         "FILE:1: model[0]: cache_bytes_max is only for backend = \"local\""
+    );
+    assert_eq!(
+        two("device = \"cpu\"", "b"),
+        "FILE:1: model[0]: device is only for backend = \"local\""
     );
     let only = file("[[model]]\nname = \"a\"\nbackend = \"sim\"\n");
     assert!(only.load().models[0].default);

@@ -202,7 +202,14 @@ fn backend(
         Engine::Local {
             path,
             cache_bytes_max,
-        } => local(config, model, path, *cache_bytes_max, artifacts),
+            device,
+        } => local(
+            model,
+            path,
+            cache_bytes_max.unwrap_or_else(|| config.unclaimed_cache_bytes()),
+            *device,
+            artifacts,
+        ),
     }
 }
 
@@ -219,18 +226,23 @@ fn within(asked: Option<u32>, own: u32) -> Result<u32, String> {
 
 #[cfg(feature = "local")]
 fn local(
-    config: &Config,
     model: &config::Model,
     path: &std::path::Path,
-    cache_bytes_max: Option<u64>,
+    cache_bytes_max: u64,
+    device: config::Device,
     artifacts: &Artifacts,
 ) -> Result<(Arc<dyn Backend>, u32), String> {
-    use crate::backend::local::{Local, LocalOptions};
+    use crate::backend::local::{DeviceChoice, Local, LocalOptions};
 
     let name: Arc<str> = model.name.as_str().into();
-    let bytes = cache_bytes_max.unwrap_or_else(|| config.unclaimed_cache_bytes());
     let options = LocalOptions {
-        cache_bytes_max: usize::try_from(bytes).unwrap_or(usize::MAX),
+        device: match device {
+            config::Device::Auto => DeviceChoice::Auto,
+            config::Device::Cpu => DeviceChoice::Cpu,
+            config::Device::Cuda => DeviceChoice::Cuda,
+            config::Device::Metal => DeviceChoice::Metal,
+        },
+        cache_bytes_max: usize::try_from(cache_bytes_max).unwrap_or(usize::MAX),
         context_length: model.context_length,
         ..LocalOptions::new(name)
     };
@@ -255,10 +267,10 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 
 #[cfg(not(feature = "local"))]
 fn local(
-    _: &Config,
     _: &config::Model,
     _: &std::path::Path,
-    _: Option<u64>,
+    _: u64,
+    _: config::Device,
     _: &Artifacts,
 ) -> Result<(Arc<dyn Backend>, u32), String> {
     Err("this program was built without the feature `local`".to_owned())

@@ -1,7 +1,7 @@
 //! Tiny models with random weights, as Hugging Face model directories.
 //!
-//! What they say makes no sense, but it is always the same for the same seed, and everything
-//! about them is small enough for debug builds.
+//! What they say makes no sense, but it is always the same for the same seed, and they
+//! are small enough for debug builds, if not asked to be larger.
 
 #![allow(dead_code, reason = "each test takes the parts that it needs")]
 
@@ -22,17 +22,32 @@ pub(crate) enum Family {
 /// All families.
 pub(crate) const FAMILIES: [Family; 3] = [Family::Llama, Family::Qwen2, Family::Qwen3];
 
-const HIDDEN: usize = 64;
-const INNER: usize = 96;
-const LAYERS: usize = 2;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
+/// How large a model is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Size {
+    pub(crate) hidden: usize,
+    pub(crate) inner: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+}
+
+/// Small enough for debug builds.
+const TINY: Size = Size {
+    hidden: 64,
+    inner: 96,
+    layers: 2,
+    heads: 4,
+    kv_heads: 2,
+};
 
 /// A tiny model.
 #[derive(Debug, Clone)]
 pub(crate) struct TinyLlama {
     /// Its architecture.
     pub(crate) family: Family,
+    /// How large it is.
+    pub(crate) size: Size,
     /// How many token ids it knows.
     pub(crate) vocab_size: usize,
     /// What its weights are made from.
@@ -51,6 +66,7 @@ impl TinyLlama {
     pub(crate) fn new(family: Family, vocab_size: usize) -> Self {
         Self {
             family,
+            size: TINY,
             vocab_size,
             seed: 1,
             context_length: 4096,
@@ -91,15 +107,23 @@ impl TinyLlama {
         let Self {
             vocab_size,
             context_length,
+            size:
+                Size {
+                    hidden,
+                    inner,
+                    layers,
+                    heads,
+                    kv_heads,
+                },
             ..
         } = self;
         let head_dim = self.head_dim();
         format!(
             r#"{{
   {own},
-  "vocab_size": {vocab_size}, "hidden_size": {HIDDEN}, "intermediate_size": {INNER},
-  "num_hidden_layers": {LAYERS}, "num_attention_heads": {HEADS},
-  "num_key_value_heads": {KV_HEADS}, "head_dim": {head_dim},
+  "vocab_size": {vocab_size}, "hidden_size": {hidden}, "intermediate_size": {inner},
+  "num_hidden_layers": {layers}, "num_attention_heads": {heads},
+  "num_key_value_heads": {kv_heads}, "head_dim": {head_dim},
   "max_position_embeddings": {context_length}, "rms_norm_eps": 1e-05,
   "hidden_act": "silu", "torch_dtype": "float32"
 }}
@@ -109,6 +133,13 @@ impl TinyLlama {
 
     /// Its tensors. The same for the same family, size of vocabulary and seed.
     pub(crate) fn tensors(&self) -> Vec<NamedTensor> {
+        let Size {
+            hidden,
+            inner,
+            layers,
+            heads,
+            kv_heads,
+        } = self.size;
         let mut random = Random(self.seed);
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize], centre: f32, spread: f32| {
@@ -120,24 +151,24 @@ impl TinyLlama {
         };
         // Wide enough for logits that lie well apart.
         let spread = |from: usize| 2.5 / (from as f32).sqrt();
-        let (q_size, kv_size) = (HEADS * self.head_dim(), KV_HEADS * self.head_dim());
-        let embedding = [self.vocab_size, HIDDEN];
+        let (q_size, kv_size) = (heads * self.head_dim(), kv_heads * self.head_dim());
+        let embedding = [self.vocab_size, hidden];
         add("model.embed_tokens.weight".into(), &embedding, 0.0, 0.5);
-        for layer in 0..LAYERS {
+        for layer in 0..layers {
             let at = |part: &str| format!("model.layers.{layer}.{part}");
             for (part, to, from) in [
-                ("self_attn.q_proj", q_size, HIDDEN),
-                ("self_attn.k_proj", kv_size, HIDDEN),
-                ("self_attn.v_proj", kv_size, HIDDEN),
-                ("self_attn.o_proj", HIDDEN, q_size),
-                ("mlp.gate_proj", INNER, HIDDEN),
-                ("mlp.up_proj", INNER, HIDDEN),
-                ("mlp.down_proj", HIDDEN, INNER),
+                ("self_attn.q_proj", q_size, hidden),
+                ("self_attn.k_proj", kv_size, hidden),
+                ("self_attn.v_proj", kv_size, hidden),
+                ("self_attn.o_proj", hidden, q_size),
+                ("mlp.gate_proj", inner, hidden),
+                ("mlp.up_proj", inner, hidden),
+                ("mlp.down_proj", hidden, inner),
             ] {
                 add(at(part) + ".weight", &[to, from], 0.0, spread(from));
             }
             for part in ["input_layernorm", "post_attention_layernorm"] {
-                add(at(part) + ".weight", &[HIDDEN], 1.0, 0.3);
+                add(at(part) + ".weight", &[hidden], 1.0, 0.3);
             }
             match self.family {
                 Family::Llama => {}
@@ -159,10 +190,10 @@ impl TinyLlama {
                 }
             }
         }
-        add("model.norm.weight".into(), &[HIDDEN], 1.0, 0.3);
+        add("model.norm.weight".into(), &[hidden], 1.0, 0.3);
         match self.family {
             Family::Llama | Family::Qwen3 => {
-                add("lm_head.weight".into(), &embedding, 0.0, spread(HIDDEN));
+                add("lm_head.weight".into(), &embedding, 0.0, spread(hidden));
             }
             Family::Qwen2 => {}
         }
@@ -171,7 +202,7 @@ impl TinyLlama {
 
     fn head_dim(&self) -> usize {
         match self.family {
-            Family::Llama | Family::Qwen2 => HIDDEN / HEADS,
+            Family::Llama | Family::Qwen2 => self.size.hidden / self.size.heads,
             Family::Qwen3 => 24,
         }
     }

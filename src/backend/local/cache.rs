@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_prompt_finds_the_longest_beginning_whoever_holds_it() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let root = Rope::default();
         let system = rope(&root, 0..20);
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn a_running_sequence_is_found_as_far_as_it_is() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let prompt = rope(&Rope::default(), 0..20);
         let mut running = sequence(&pool, "a", &prompt, &[]);
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_continuation_takes_the_place_of_what_it_continues() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let mut prompt = rope(&Rope::default(), 0..8);
         cache.keep(sequence(&pool, "a", &prompt, &[]), None);
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn the_budget_takes_from_the_least_recently_used() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut cache = Cache::new(pool.clone(), 6 * pool.block_bytes());
         let prompts: Vec<Rope> = (0..3)
             .map(|kind| rope(&Rope::default(), kind * 100..kind * 100 + 12))

@@ -52,6 +52,8 @@ pub(super) enum Scaling {
     Linear {
         factor: f64,
     },
+    /// Each pair's turn divided by its own factor.
+    Factors(Vec<f32>),
     /// Slow turns divided by the factor, fast ones left, a ramp between the two.
     Llama3 {
         factor: f64,
@@ -74,7 +76,7 @@ impl Config {
         }
     }
 
-    fn from_json(value: &Value) -> Result<Self, LoadError> {
+    pub(super) fn from_json(value: &Value) -> Result<Self, LoadError> {
         let keys = Keys {
             value,
             within: None,
@@ -127,6 +129,12 @@ impl Config {
         })
     }
 
+    /// How many numbers the matrices of a layer hold.
+    pub(super) fn layer_size(&self) -> usize {
+        let attention = 2 * (self.heads + self.kv_heads) * self.head_dim;
+        self.hidden_size * (attention + 3 * self.intermediate_size)
+    }
+
     pub(super) fn kv_layout(&self, block_tokens: usize) -> KvLayout {
         KvLayout {
             layers: self.layers,
@@ -143,7 +151,8 @@ fn family(keys: &Keys<'_>) -> Result<Family, LoadError> {
         None => keys.need("model_type")?,
     };
     match found.as_str() {
-        Some("LlamaForCausalLM" | "llama") => Ok(Family::Llama),
+        // Mistral is Llama with a window, and is refused where it has one.
+        Some("LlamaForCausalLM" | "llama" | "MistralForCausalLM" | "mistral") => Ok(Family::Llama),
         Some("Qwen2ForCausalLM" | "qwen2") => Ok(Family::Qwen2),
         Some("Qwen3ForCausalLM" | "qwen3") => Ok(Family::Qwen3),
         Some(_) | None => Err(keys.unsupported("architectures", found)),
@@ -163,6 +172,21 @@ fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), LoadError> {
     }
     if keys.flag("use_sliding_window")? {
         return Err(keys.unsupported("use_sliding_window", &Value::Bool(true)));
+    }
+    // To Mistral no key at all means a window as well; elsewhere the flag above decides.
+    const MISTRAL_WINDOW: u64 = 4096;
+    if keys
+        .find("model_type")
+        .is_some_and(|kind| kind == "mistral")
+    {
+        let window = match keys.value.get("sliding_window") {
+            Some(window) => window.clone(),
+            None => MISTRAL_WINDOW.into(),
+        };
+        let context = u64::from(keys.small_count("max_position_embeddings")?);
+        if window.as_u64().is_some_and(|window| window < context) {
+            return Err(keys.unsupported("sliding_window", &window));
+        }
     }
     Ok(())
 }
@@ -392,6 +416,27 @@ mod tests {
             with("rope_scaling", Value::Null).unwrap().rotary.theta,
             10_000.0
         );
+    }
+
+    #[test]
+    fn mistral_is_llama_without_a_window() {
+        let of = |window: Option<Value>| {
+            let mut config = llama();
+            config["architectures"] = json!(["MistralForCausalLM"]);
+            config["model_type"] = json!("mistral");
+            config["max_position_embeddings"] = json!(8192);
+            if let Some(window) = window {
+                config["sliding_window"] = window;
+            }
+            let config = Config::from_json(&config).map_err(|error| error.to_string())?;
+            Ok::<_, String>((config.family, config.qkv_bias, config.mlp_bias))
+        };
+        let plain = Ok((Family::Llama, false, false));
+        assert_eq!(of(Some(Value::Null)), plain);
+        assert_eq!(of(Some(json!(8192))), plain);
+        let refused = Err("config.json: sliding_window 4096 is not supported".to_owned());
+        assert_eq!(of(Some(json!(4096))), refused);
+        assert_eq!(of(None), refused);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The thread that runs the model, for all samples in turn.
+//! The thread that runs the model, for all samples at once.
 //!
 //! ```text
 //!   submit ─→ waiting ─→ prefilling ─→ decoding ─→ kept in the cache
@@ -7,8 +7,8 @@
 //!   unavailable  nothing
 //! ```
 //!
-//! In a round every decoding sample whose reader keeps up gets one token, and one prompt a piece
-//! computed. The thread rests when there is nothing that it can do; whatever may give it
+//! A round is one forward pass: every decoding sample whose reader keeps up brings its last token
+//! and gets another, and behind them come pieces of prompts, together of a bounded length. The thread rests when there is nothing that it can do; whatever may give it
 //! something to do rings its [`Bell`]: a new sample, a chunk that was read, a dropped stream.
 
 use std::{
@@ -34,7 +34,7 @@ use crate::{
 
 use super::{
     cache::{Cache, Found, Owner, Sequence},
-    model::Model,
+    model::{Model, Piece},
     sampler::{BadLogits, Sampled, Sampler},
 };
 
@@ -89,6 +89,7 @@ impl Engine {
         let thread = thread::Builder::new()
             .name("local-engine".into())
             .spawn(move || {
+                let _pool = thread_pool(model.threads());
                 let mut worker = Worker::new(model, cache, limits, incoming);
                 if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
                     tracing::error!("the local engine broke");
@@ -148,6 +149,19 @@ impl Engine {
             works: Arc::clone(&self.works),
         })
     }
+}
+
+/// Makes this thread the first of a pool. The kernels share their work among the pool of the
+/// thread that calls them; called from a thread of no pool, each would wait until one of another
+/// pool has woken, for a small model several times as long as it computes.
+fn thread_pool(threads: usize) -> Option<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|index| format!("local-engine-{index}"))
+        .use_current_thread()
+        .build();
+    pool.inspect_err(|error| tracing::warn!(%error, "the local engine has no threads of its own"))
+        .ok()
 }
 
 /// Wakes the thread, also when it is dropped.
@@ -281,9 +295,29 @@ struct Prefilling {
 /// A job that samples.
 struct Decoding {
     running: Running,
-    sampler: Sampler,
+    sampler: Box<Sampler>,
     /// The last sampled token, which is not yet in the sequence.
     last: u32,
+}
+
+/// What a job brings to a forward pass.
+struct Step {
+    running: Running,
+    tokens: Vec<u32>,
+    then: Then,
+}
+
+/// What becomes of a job when its tokens are computed.
+enum Then {
+    /// Its next token is sampled. `cached` tells of a prompt that ends with this pass.
+    Sample {
+        sampler: Box<Sampler>,
+        cached: Option<usize>,
+    },
+    /// The rest of its prompt is for the next passes.
+    Prefill { cached: usize, rest: VecDeque<u32> },
+    /// Its prompt is held, and that is all that was asked for.
+    End { cached: usize },
 }
 
 /// The thread's state.
@@ -337,32 +371,21 @@ impl Worker {
         }
     }
 
-    /// A token for every decoding job that can take one, and a piece of one prompt. Whether
-    /// there was anything to do.
+    /// One forward pass for all jobs that can be in it. Whether there was anything to do.
     fn round(&mut self) -> bool {
         let ended = self.end_dropped();
         let admitted = self.admit();
-        let mut stepped = false;
-        for _ in 0..self.decoding.len() {
-            let Some(decoding) = self.decoding.pop_front() else {
-                break;
-            };
-            if decoding.running.job.paused() {
-                self.decoding.push_back(decoding);
-            } else {
-                stepped = true;
-                self.decode(decoding);
-            }
-        }
-        let prefilled = match self.prefilling.pop_front() {
-            Some(prefilling) => {
-                self.prefill(prefilling);
-                true
-            }
-            None => false,
-        };
+        let mut steps = self.decode();
+        // Those that sample come first, so that their logits are those of the first rows.
+        let (last, more): (Vec<Step>, Vec<Step>) = self
+            .prefill()
+            .into_iter()
+            .partition(|step| matches!(step.then, Then::Sample { .. }));
+        steps.extend(last.into_iter().chain(more));
+        let stepped = !steps.is_empty();
+        self.pass(steps);
         self.cache.shrink();
-        ended || admitted || stepped || prefilled
+        ended || admitted || stepped
     }
 
     /// Ends the jobs that nobody waits for. What was computed for them is kept.
@@ -457,33 +480,117 @@ impl Worker {
         self.cache.find(&owner(prompt), tokens, len_max, running)
     }
 
-    /// Computes the next piece of a prompt.
-    fn prefill(&mut self, mut prefilling: Prefilling) {
-        let kv = &mut prefilling.running.sequence.kv;
-        let count = prefilling.rest.len().min(self.limits.prefill_tokens_max);
-        if count == 0 {
-            // All of it came from the cache, and nothing is to be sampled.
-            return self.prefilled(prefilling.running, prefilling.cached);
-        }
-        let piece: Vec<u32> = prefilling.rest.drain(..count).collect();
-        let advanced = match self.model.advance(kv, &piece) {
-            Ok(advanced) => advanced,
-            Err(error) => return prefilling.running.job.fail(error.to_string()),
+    /// Takes the jobs that sample out of their queue, but for those whose reader is behind.
+    fn decode(&mut self) -> Vec<Step> {
+        let (paused, ready): (VecDeque<Decoding>, VecDeque<Decoding>) =
+            std::mem::take(&mut self.decoding)
+                .into_iter()
+                .partition(|decoding| decoding.running.job.paused());
+        self.decoding = paused;
+        let step = |decoding: Decoding| Step {
+            running: decoding.running,
+            tokens: vec![decoding.last],
+            then: Then::Sample {
+                sampler: decoding.sampler,
+                cached: None,
+            },
         };
-        if !prefilling.rest.is_empty() {
-            return self.prefilling.push_back(prefilling);
+        ready.into_iter().map(step).collect()
+    }
+
+    /// Takes pieces of prompts, in turn, as many as a pass may have.
+    fn prefill(&mut self) -> Vec<Step> {
+        let mut room = self.limits.prefill_tokens_max;
+        let mut steps = Vec::new();
+        while room > 0
+            && let Some(prefilling) = self.prefilling.pop_front()
+        {
+            let Prefilling {
+                running,
+                cached,
+                mut rest,
+            } = prefilling;
+            let count = rest.len().min(room);
+            room -= count;
+            let tokens: Vec<u32> = rest.drain(..count).collect();
+            let then = match running.job.work {
+                _ if !rest.is_empty() => Then::Prefill { cached, rest },
+                Work::Prefill => Then::End { cached },
+                Work::Sample => {
+                    let sampling = running.job.prompt.sampling.clone();
+                    let held = running.sequence.kv.len() + count;
+                    let sampler = Sampler::new(sampling, self.limits.context_length - held);
+                    Then::Sample {
+                        sampler: Box::new(sampler),
+                        cached: Some(cached),
+                    }
+                }
+            };
+            steps.push(Step {
+                running,
+                tokens,
+                then,
+            });
         }
-        let Prefilling {
-            running, cached, ..
-        } = prefilling;
-        match running.job.work {
-            Work::Sample => {
-                let sampling = running.job.prompt.sampling.clone();
-                let room = self.limits.context_length - running.sequence.kv.len();
-                let sampler = Sampler::new(sampling, room);
-                self.sample(running, sampler, &advanced, Some(cached));
+        steps
+    }
+
+    /// Computes the tokens of all steps at once, and does what comes then. Those that sample
+    /// come first.
+    fn pass(&mut self, mut steps: Vec<Step>) {
+        let logits = match self.compute(&mut steps) {
+            Ok(logits) => logits,
+            Err(error) => return self.failed(steps, &error),
+        };
+        let mut logits = logits.into_iter();
+        for step in steps {
+            let running = step.running;
+            match step.then {
+                Then::Sample { sampler, cached } => match logits.next() {
+                    Some(logits) => self.sample(running, sampler, &logits, cached),
+                    None => running.job.fail("there are no logits".into()),
+                },
+                Then::Prefill { cached, rest } => self.prefilling.push_back(Prefilling {
+                    running,
+                    cached,
+                    rest,
+                }),
+                Then::End { cached } => self.prefilled(running, cached),
             }
-            Work::Prefill => self.prefilled(running, cached),
+        }
+    }
+
+    /// What fails together is tried alone: a job fails only by its own doing.
+    fn failed(&mut self, steps: Vec<Step>, error: &candle_core::Error) {
+        let alone = steps.len() == 1;
+        for step in steps {
+            match alone {
+                true => step.running.job.fail(error.to_string()),
+                false => self.pass(vec![step]),
+            }
+        }
+    }
+
+    /// The logits of the steps that sample.
+    fn compute(&self, steps: &mut [Step]) -> candle_core::Result<Vec<Vec<f32>>> {
+        let samples = |step: &&Step| matches!(step.then, Then::Sample { .. });
+        let sampling = steps.iter().filter(samples).count();
+        let mut pieces: Vec<Piece<'_>> = steps
+            .iter_mut()
+            // A prompt may have come from the cache to its end, if nothing is to be sampled.
+            .filter(|step| !step.tokens.is_empty())
+            .map(|step| Piece {
+                kv: &mut step.running.sequence.kv,
+                tokens: &step.tokens,
+            })
+            .collect();
+        if pieces.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = self.model.advance(&mut pieces)?;
+        match sampling {
+            0 => Ok(Vec::new()),
+            _ => self.model.logits(&rows.narrow(0, 0, sampling)?),
         }
     }
 
@@ -497,34 +604,20 @@ impl Worker {
         self.keep(running).end(Ok(last));
     }
 
-    /// Computes the last sampled token, and samples the next.
-    fn decode(&mut self, mut decoding: Decoding) {
-        let kv = &mut decoding.running.sequence.kv;
-        let Decoding { last, .. } = decoding;
-        match self.model.advance(kv, &[last]) {
-            Ok(advanced) => self.sample(decoding.running, decoding.sampler, &advanced, None),
-            Err(error) => decoding.running.job.fail(error.to_string()),
-        }
-    }
-
     /// Samples the next token. A job that fails leaves nothing in the cache, since what is wrong
     /// may be in its keys and values.
     fn sample(
         &mut self,
         running: Running,
-        mut sampler: Sampler,
-        advanced: &candle_core::Tensor,
+        mut sampler: Box<Sampler>,
+        logits: &[f32],
         cached: Option<usize>,
     ) {
-        let logits = match self.model.logits(advanced) {
-            Ok(logits) => logits,
-            Err(error) => return running.job.fail(error.to_string()),
-        };
         let Sampled {
             token,
             logprob,
             end,
-        } = match sampler.sample(&logits) {
+        } = match sampler.sample(logits) {
             Ok(sampled) => sampled,
             Err(BadLogits) => {
                 return running.job.fail("the logits are not finite numbers".into());
@@ -558,11 +651,11 @@ impl Worker {
 mod tests {
     use std::time::{Duration, Instant};
 
+    use candle_core::Device;
     use futures::{FutureExt as _, StreamExt as _};
 
     use super::*;
     use crate::backend::local::{
-        config::Config,
         kv::{KvLayout, Pool},
         tests::{
             greedy, prompt_of, read, rope,
@@ -581,8 +674,8 @@ mod tests {
     fn model() -> (Model, KvLayout) {
         let dir = tempfile::tempdir().unwrap();
         TinyLlama::new(Family::Qwen3, 50).write(dir.path());
-        let config = Config::read(dir.path()).unwrap();
-        let model = Model::new(&config, Weights::read(dir.path()).unwrap()).unwrap();
+        let (config, weights) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+        let model = Model::new(&config, weights, &Device::Cpu).unwrap();
         (model, config.kv_layout(8))
     }
 
@@ -598,7 +691,7 @@ mod tests {
     impl Stage {
         fn new(limits: Limits) -> Self {
             let (model, layout) = model();
-            let cache = Cache::new(Pool::new(layout), usize::MAX);
+            let cache = Cache::new(Pool::new(layout, &Device::Cpu), usize::MAX);
             let (jobs, incoming) = sync_channel(limits.accepted_max);
             Self {
                 worker: Worker::new(model, cache, limits, incoming),
@@ -763,10 +856,13 @@ mod tests {
         // A cache for fewer layers than the model has.
         let (model, layout) = model();
         let cache = Cache::new(
-            Pool::new(KvLayout {
-                layers: 1,
-                ..layout
-            }),
+            Pool::new(
+                KvLayout {
+                    layers: 1,
+                    ..layout
+                },
+                &Device::Cpu,
+            ),
             usize::MAX,
         );
         let engine = Engine::start(model, cache, LIMITS).unwrap();

@@ -31,13 +31,16 @@ impl KvLayout {
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
     layout: KvLayout,
+    device: Device,
     used: Arc<AtomicUsize>,
 }
 
 impl Pool {
-    pub(super) fn new(layout: KvLayout) -> Self {
+    /// Blocks in the memory of `device`.
+    pub(super) fn new(layout: KvLayout, device: &Device) -> Self {
         Self {
             layout,
+            device: device.clone(),
             used: Arc::default(),
         }
     }
@@ -63,7 +66,7 @@ impl Pool {
     fn block(&self) -> Result<Block> {
         let layout = &self.layout;
         let shape = (layout.kv_heads, layout.block_tokens, layout.head_dim);
-        let zeros = || Tensor::zeros(shape, DType::F32, &Device::Cpu);
+        let zeros = || Tensor::zeros(shape, DType::F32, &self.device);
         let layers = (0..layout.layers)
             .map(|_| Ok((zeros()?, zeros()?)))
             .collect::<Result<_>>()?;
@@ -257,7 +260,7 @@ mod tests {
         fn sequences_are_independent(
             steps in prop::collection::vec((any::<prop::sample::Index>(), 0usize..12, 0usize..9, any::<bool>()), 1..25),
         ) {
-            let pool = Pool::new(LAYOUT);
+            let pool = Pool::new(LAYOUT, &Device::Cpu);
             let mut sequences = vec![(pool.empty(), Vec::<u32>::new())];
             let mut next = 0;
             for (which, keep, count, in_place) in steps {
@@ -289,7 +292,7 @@ mod tests {
 
     #[test]
     fn a_fork_takes_memory_only_for_what_is_its_own() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let block = pool.block_bytes();
         let mut one = pool.empty();
         append(&mut one, &[1, 2, 3, 4, 5]);
@@ -306,7 +309,7 @@ mod tests {
 
     #[test]
     fn what_is_not_committed_is_not_there() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut kv = pool.empty();
         append(&mut kv, &[1, 2]);
         kv.make_room(9).unwrap();
@@ -317,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_last_block_goes_first() {
-        let pool = Pool::new(LAYOUT);
+        let pool = Pool::new(LAYOUT, &Device::Cpu);
         let mut kv = pool.empty();
         append(&mut kv, &[1, 2, 3, 4, 5]);
         kv.drop_last_block();

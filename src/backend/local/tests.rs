@@ -112,10 +112,36 @@ fn failure(local: &Local, tokens: &Rope) -> String {
     read(chunks).unwrap_err().to_string()
 }
 
-/// Random conversations that fork, several samples at a time: with whatever the cache holds, and
-/// however little that is, the answers are those of an engine that computes everything anew.
+/// Where the two likeliest tokens lie further apart, no rounding changes which one is taken: that
+/// is less than a tenth of this, as `model.rs` measures, whatever shares a pass and into whatever
+/// pieces a prompt is cut.
+const APART: f32 = 1e-4;
+
+/// The likeliest tokens, with what tells that no rounding could have chosen others.
+fn likeliest(max_tokens: u32) -> Sampling {
+    Sampling {
+        top_logprobs: Some(2),
+        ..greedy(max_tokens)
+    }
+}
+
+/// How many tokens, from the first on, no rounding could have changed.
+fn certain(answer: &Whole) -> usize {
+    let apart = |token: &&TokenLogprob| token.top[0].1 - token.top[1].1 > APART;
+    answer.logprobs.iter().take_while(apart).count()
+}
+
+fn some_tokens(random: &mut StdRng, count_max: usize) -> Vec<u32> {
+    let count = random.random_range(1..=count_max);
+    (0..count).map(|_| random.random_range(0..VOCAB)).collect()
+}
+
+/// Random rollouts that fork, with input that comes early and several samples at a time: with
+/// whatever the cache holds, and however little that is, the answers are those of an engine that
+/// computes every prompt anew and alone, as far as rounding allows to say so.
 #[test]
 fn the_cache_changes_no_answer() {
+    const STEPS: usize = 16;
     for family in FAMILIES {
         let dir = model(family);
         let load = |cache_bytes_max| {
@@ -126,39 +152,99 @@ fn the_cache_changes_no_answer() {
             Local::load(dir.path(), options).unwrap()
         };
         let block = {
-            let config = Config::read(dir.path()).unwrap();
-            Pool::new(config.kv_layout(BLOCK_TOKENS)).block_bytes()
+            let (config, _) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+            Pool::new(config.kv_layout(BLOCK_TOKENS), &Device::Cpu).block_bytes()
         };
         let cold = load(0);
-        for blocks in [8, 1000] {
+        for blocks in [12, 1000] {
             let warm = load(blocks * block);
             let mut random = StdRng::seed_from_u64(blocks as u64);
             let mut conversations = vec![Rope::default()];
-            let (mut cached, mut prompted) = (0, 0);
-            for _ in 0..6 {
-                let prompts: Vec<Prompt> = (0..2)
-                    .map(|_| {
-                        let from = &conversations[random.random_range(0..conversations.len())];
-                        let count = random.random_range(1..20);
-                        let affinity = ["a", "b"][random.random_range(0..2)];
-                        let new = (0..count).map(|_| random.random_range(0..VOCAB));
-                        prompt_of(affinity, &rope(from, new), greedy(6))
-                    })
-                    .collect();
-                let answers: Vec<Chunks> = prompts.iter().map(|p| warm.sample(p.clone())).collect();
-                for (prompt, answer) in prompts.into_iter().zip(answers) {
+            let (mut cached, mut prompted, mut longest, mut compared) = (0, 0, 0, 0);
+            for _ in 0..STEPS {
+                let newest = conversations.len() - 1;
+                let mut early = Vec::new();
+                let mut answers = Vec::new();
+                for _ in 0..2 {
+                    // Mostly the newest, so that rollouts become long.
+                    let from = match random.random_bool(0.7) {
+                        true => newest,
+                        false => random.random_range(0..=newest),
+                    };
+                    let affinity = ["a", "b"][random.random_range(0..2)];
+                    let appended = rope(&conversations[from], some_tokens(&mut random, 15));
+                    let prefill = warm.prefill(prompt_of(affinity, &appended, greedy(1)));
+                    match random.random_bool(0.5) {
+                        true => assert_eq!(block_on(prefill), Ok(())),
+                        // Still under way when the sample comes.
+                        false => early.push(prefill),
+                    }
+                    let whole = rope(&appended, some_tokens(&mut random, 15));
+                    let prompt = prompt_of(affinity, &whole, likeliest(8));
+                    answers.push((prompt.clone(), warm.sample(prompt)));
+                }
+                for (prompt, answer) in answers {
                     let answer = read(answer).unwrap();
                     let anew = read(cold.sample(prompt.clone())).unwrap();
-                    assert_eq!((&answer.tokens, anew.cached), (&anew.tokens, 0));
+                    let certain = certain(&anew);
+                    assert_eq!(answer.tokens[..certain], anew.tokens[..certain]);
+                    assert_eq!(anew.cached, 0);
+                    compared += certain;
                     cached += answer.cached as usize;
                     prompted += prompt.tokens.len_tokens();
+                    longest = longest.max(prompt.tokens.len_tokens());
                     conversations.push(prompt.tokens.with_sampled(Draft {
                         ids: answer.tokens,
                         ..Draft::default()
                     }));
                 }
+                for prefill in early {
+                    assert_eq!(block_on(prefill), Ok(()));
+                }
             }
             assert!(cached > 0 && cached < prompted);
+            // Two answers a step of eight tokens each, and next to no ties.
+            assert!(compared * 10 >= STEPS * 2 * 8 * 9, "{compared}");
+            // The small budget does not hold the longest rollout, let alone its forks.
+            assert!(longest > 12 * BLOCK_TOKENS, "{longest}");
+        }
+    }
+}
+
+/// Whichever samples are under way at once, and however far each of them is, every one gets the
+/// tokens that it gets alone, as far as rounding allows to say so.
+#[test]
+fn company_changes_no_answer() {
+    for family in FAMILIES {
+        let dir = model(family);
+        let options = LocalOptions {
+            cache_bytes_max: 0,
+            ..options()
+        };
+        let local = Local::load(dir.path(), options).unwrap();
+        let mut random = StdRng::seed_from_u64(1);
+        let prompts: Vec<Prompt> = (0..8)
+            .map(|_| {
+                let tokens = rope(&Rope::default(), some_tokens(&mut random, 60));
+                prompt_of("a", &tokens, likeliest(random.random_range(1..20)))
+            })
+            .collect();
+        let alone: Vec<Whole> = prompts
+            .iter()
+            .map(|prompt| read(local.sample(prompt.clone())).unwrap())
+            .collect();
+        let all: usize = alone.iter().map(|answer| answer.tokens.len()).sum();
+        assert!(alone.iter().map(certain).sum::<usize>() * 10 >= all * 9);
+        for _ in 0..8 {
+            let together: Vec<(usize, Chunks)> = (0..random.random_range(2..=8))
+                .map(|_| random.random_range(0..prompts.len()))
+                .map(|which| (which, local.sample(prompts[which].clone())))
+                .collect();
+            for (which, answer) in together {
+                let certain = certain(&alone[which]);
+                let tokens = read(answer).unwrap().tokens;
+                assert_eq!(tokens[..certain], alone[which].tokens[..certain]);
+            }
         }
     }
 }
@@ -464,6 +550,12 @@ fn what_does_not_load_is_named() {
     assert_eq!(
         error().to_string(),
         "tensor model.embed_tokens.weight is of type u8, which is not one of f32, f16, bf16"
+    );
+    let (_, weights) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+    assert!(weights.fit(None).is_ok());
+    assert_eq!(
+        weights.fit(Some(5)).unwrap_err().to_string(),
+        "the weights take 263424 bytes of memory, 5 are available"
     );
     std::fs::write(path("model.safetensors"), "cut").unwrap();
     assert!(

@@ -1,0 +1,280 @@
+//! What keeping keys and values is worth, and how fast the engine in this process decodes.
+//!
+//! The model is a Llama of random weights in the shape of the embedded one. The two ways to the
+//! first token, with the history's keys and values kept and with nothing kept, take turns, so that
+//! what else the machine does hits both. A model of this size computes on one thread; the processor
+//! time beside the time that passed tells how much of it the machine gave to others.
+//!
+//! Prints a table, and writes it to `target/bench/prefix_cache.json`.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a benchmark that cannot run says so by panicking"
+)]
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt as _, executor::block_on, stream::select_all};
+use hotloop::{
+    backend::{
+        Backend as _, Prompt, Sampling,
+        local::{Local, LocalOptions, set_thread_count},
+    },
+    item::ResponseId,
+    ledger::{Draft, Rope},
+};
+use serde_json::{Value, json};
+
+#[path = "../tests/support/tiny_llama.rs"]
+mod tiny_llama;
+
+use tiny_llama::{Family, Size, TinyLlama};
+
+const VOCAB: u32 = 1024;
+const SIZE: Size = Size {
+    hidden: 192,
+    inner: 512,
+    layers: 6,
+    heads: 6,
+    kv_heads: 6,
+};
+
+const HISTORY_TOKENS: u32 = 8192;
+const NEW_TOKENS: u32 = 200;
+const FIRST_TOKENS: u32 = 5;
+
+const BATCHES: [u32; 4] = [1, 2, 4, 8];
+const DECODE_PROMPT_TOKENS: u32 = 512;
+const DECODE_TOKENS: u32 = 400;
+
+/// How often the kept history must be faster, at the least.
+const RATIO_MIN: f64 = 10.0;
+
+fn main() {
+    #[allow(unsafe_code, reason = "nothing else runs yet")]
+    // SAFETY: there is no other thread yet.
+    unsafe {
+        set_thread_count();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let model = TinyLlama {
+        size: SIZE,
+        context_length: 16_384,
+        ..TinyLlama::new(Family::Llama, VOCAB as usize)
+    };
+    model.write(dir.path());
+    let options = LocalOptions {
+        cache_bytes_max: 1 << 30,
+        ..LocalOptions::new("bench".into())
+    };
+    let local = Local::load(dir.path(), options).unwrap();
+
+    let mut rows = Vec::new();
+    for batch in BATCHES {
+        rows.push(decode(&local, batch));
+    }
+    rows.extend(first_token(&local));
+    let report = json!({ "machine": machine(), "commit": commit(), "rows": rows });
+    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
+    fs::create_dir_all(&out).unwrap();
+    let text = serde_json::to_string_pretty(&report).unwrap();
+    fs::write(out.join("prefix_cache.json"), text + "\n").unwrap();
+}
+
+/// Time to the first token behind a history whose keys and values are kept, and behind one that
+/// is computed anew.
+fn first_token(local: &Local) -> Vec<Value> {
+    let history = rope(&Rope::default(), HISTORY_TOKENS, 0);
+    block_on(local.prefill(prompt("kept", &history, 1))).unwrap();
+    let (mut kept, mut anew) = ((Vec::new(), 0.0), (Vec::new(), 0.0));
+    for trial in 1..=FIRST_TOKENS {
+        let tokens = rope(&history, NEW_TOKENS, trial);
+        // A tenant that nothing is kept for.
+        let stranger = format!("stranger-{trial}");
+        for (tenant, (times, cpus)) in [("kept", &mut kept), (&stranger, &mut anew)] {
+            let (start, cpu) = (Instant::now(), cpu_seconds());
+            let mut answer = local.sample(prompt(tenant, &tokens, 1));
+            let chunk = block_on(answer.next()).unwrap().unwrap();
+            times.push(start.elapsed());
+            *cpus += cpu_seconds() - cpu;
+            let cached = chunk.cached_tokens.unwrap();
+            assert_eq!(cached, if tenant == "kept" { HISTORY_TOKENS } else { 0 });
+        }
+    }
+    let ratio =
+        percentile(&mut anew.0, 50).as_secs_f64() / percentile(&mut kept.0, 50).as_secs_f64();
+    println!("\nfirst token, {HISTORY_TOKENS} tokens of history and {NEW_TOKENS} new ones");
+    let rows = [("kept", kept), ("anew", anew)].map(|(path, (mut times, cpu))| {
+        let row = row(
+            json!({
+                "measure": "first_token",
+                "path": path,
+                "history_tokens": HISTORY_TOKENS,
+                "new_tokens": NEW_TOKENS,
+                "cpu_us": (cpu * 1e6 / f64::from(FIRST_TOKENS)).round(),
+            }),
+            &mut times,
+        );
+        println!(
+            "  {path:<6} {} µs of cpu, {}",
+            row["cpu_us"],
+            times_of(&row)
+        );
+        row
+    });
+    println!("  ratio  {ratio:.1}, at least {RATIO_MIN:.0} is asked for");
+    let ratio = json!({
+        "measure": "first_token_ratio",
+        "history_tokens": HISTORY_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "ratio": ratio,
+        "ratio_min": RATIO_MIN,
+    });
+    rows.into_iter().chain([ratio]).collect()
+}
+
+/// Tokens a second of so many samples at once, while all of them sample.
+fn decode(local: &Local, batch: u32) -> Value {
+    let answers = (0..batch).map(|number| {
+        let tokens = rope(
+            &Rope::default(),
+            DECODE_PROMPT_TOKENS,
+            1000 * batch + number,
+        );
+        let answer = local.sample(prompt("decode", &tokens, DECODE_TOKENS));
+        answer.map(move |chunk| (number as usize, chunk.unwrap().tokens.len()))
+    });
+    let mut times = vec![Vec::new(); batch as usize];
+    let mut all = select_all(answers);
+    let cpu = cpu_seconds();
+    block_on(async {
+        while let Some((number, tokens)) = all.next().await {
+            assert_eq!(tokens, 1);
+            times[number].push(Instant::now());
+        }
+    });
+    let cpu_us = (cpu_seconds() - cpu) * 1e6 / f64::from(batch * DECODE_TOKENS);
+    // From when the last one has begun until the first one has ended.
+    let from = times.iter().map(|times| times[0]).max().unwrap();
+    let to = times.iter().map(|times| *times.last().unwrap());
+    let to = to.min().unwrap();
+    let within = times.iter().flatten().filter(|at| (from..to).contains(at));
+    let tokens_per_second = within.count() as f64 / (to - from).as_secs_f64();
+    let mut gaps: Vec<Duration> = times
+        .iter()
+        .flat_map(|times| times.windows(2).map(|pair| pair[1] - pair[0]))
+        .collect();
+    let row = row(
+        json!({
+            "measure": "decode",
+            "batch": batch,
+            "history_tokens": DECODE_PROMPT_TOKENS,
+            "tokens_per_second": tokens_per_second.round(),
+            // With its part of what the prompts took.
+            "cpu_us_per_token": cpu_us.round(),
+        }),
+        &mut gaps,
+    );
+    if batch == 1 {
+        println!("decode, {DECODE_PROMPT_TOKENS} tokens of history and {DECODE_TOKENS} sampled");
+    }
+    println!(
+        "  batch {batch}  {tokens_per_second:>7.0} tokens/s, {cpu_us:>5.0} µs of cpu, a token {}",
+        times_of(&row)
+    );
+    row
+}
+
+fn prompt(tenant: &str, tokens: &Rope, max_tokens: u32) -> Prompt {
+    Prompt {
+        response_id: ResponseId::default(),
+        tenant: tenant.into(),
+        affinity: "bench".into(),
+        tokens: tokens.clone(),
+        recent: Vec::new(),
+        sampling: Sampling {
+            max_tokens,
+            end_tokens: Arc::default(),
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Arc::default(),
+            top_logprobs: None,
+            tools: Arc::default(),
+        },
+    }
+}
+
+/// Behind `from`, tokens that look random: other ones for each seed.
+fn rope(from: &Rope, count: u32, seed: u32) -> Rope {
+    let token = |at: u32| (at ^ seed.wrapping_mul(0x9E37_79B9)).wrapping_mul(0x85EB_CA6B) >> 22;
+    from.with_rendered(Draft {
+        ids: (0..count).map(token).collect(),
+        ..Draft::default()
+    })
+}
+
+fn row(mut parameters: Value, times: &mut [Duration]) -> Value {
+    for percent in [50, 90, 99] {
+        let time = percentile(times, percent).as_secs_f64() * 1e6;
+        parameters[format!("p{percent}_us")] = json!(time.round());
+    }
+    parameters["n"] = json!(times.len());
+    parameters
+}
+
+fn percentile(times: &mut [Duration], percent: usize) -> Duration {
+    times.sort_unstable();
+    times[(times.len() - 1) * percent / 100]
+}
+
+fn times_of(row: &Value) -> String {
+    let of = |key: &str| row[key].as_f64().unwrap() / 1e3;
+    format!(
+        "p50 {:>8.2} ms  p90 {:>8.2} ms  p99 {:>8.2} ms  n {}",
+        of("p50_us"),
+        of("p90_us"),
+        of("p99_us"),
+        row["n"]
+    )
+}
+
+/// The processor time that this process has used, where the system tells.
+fn cpu_seconds() -> f64 {
+    const TICKS_A_SECOND: f64 = 100.0;
+    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name, which may hold anything, in ticks: of the program and of the system for it.
+    let fields = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = fields.split_whitespace().skip(11).take(2);
+    ticks
+        .filter_map(|field| field.parse::<f64>().ok())
+        .sum::<f64>()
+        / TICKS_A_SECOND
+}
+
+fn machine() -> String {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = cpus
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown", |(_, name)| name);
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!("{name}, {cores} cores")
+}
+
+fn commit() -> String {
+    let git = Command::new("git").args(["rev-parse", "HEAD"]).output();
+    git.map_or_else(
+        |_| "unknown".to_owned(),
+        |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+    )
+}
