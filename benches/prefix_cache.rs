@@ -1,6 +1,6 @@
 //! What keeping keys and values is worth, and how fast the engine in this process decodes.
 //!
-//! The model is a Llama of random weights in the shape of the embedded one. The two ways to the
+//! The model is a Llama of random weights in the shape of the built-in one. The two ways to the
 //! first token, with the history's keys and values kept and with nothing kept, take turns, so that
 //! what else the machine does hits both. A model of this size computes on one thread; the processor
 //! time beside the time that passed tells how much of it the machine gave to others.
@@ -38,11 +38,11 @@ use tiny_llama::{Family, Size, TinyLlama};
 
 const VOCAB: u32 = 1024;
 const SIZE: Size = Size {
-    hidden: 192,
-    inner: 512,
+    hidden: 160,
+    inner: 432,
     layers: 6,
-    heads: 6,
-    kv_heads: 6,
+    heads: 5,
+    kv_heads: 5,
 };
 
 const HISTORY_TOKENS: u32 = 8192;
@@ -209,6 +209,7 @@ fn prompt(tenant: &str, tokens: &Rope, max_tokens: u32) -> Prompt {
             frequency_penalty: 0.0,
             logit_bias: Arc::default(),
             top_logprobs: None,
+            grammar: None,
             tools: Arc::default(),
         },
     }

@@ -27,7 +27,11 @@ use std::{
 pub use screen::Screen;
 
 /// Where the agent looks for a server when none is named.
-const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+
+/// The least and, where nobody says otherwise, the most of one tool's output that the model gets.
+const OUTPUT_BYTES_MIN: u32 = 256;
+const OUTPUT_BYTES_MAX: u32 = 65_536;
 
 /// What `hotloop agent` is told on the command line.
 #[derive(Debug, Clone, clap::Args)]
@@ -74,9 +78,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub command_secs_max: u64,
 
-    /// How much of one tool's output the model gets, in bytes.
-    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(256..=1_048_576))]
-    pub output_bytes_max: u32,
+    /// How much of one tool's output the model gets, in bytes [default: 65536, or half the number
+    /// of tokens that the model's context holds, where that is less].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(i64::from(OUTPUT_BYTES_MIN)..=1_048_576))]
+    pub output_bytes_max: Option<u32>,
 
     /// Print without colours, also on a terminal.
     #[arg(long)]
@@ -321,7 +326,7 @@ pub async fn run_on<W: Write>(
         tools::Limits {
             may_write: args.allow.contains(&Permission::Write),
             may_run: args.allow.contains(&Permission::Run),
-            output_bytes_max: args.output_bytes_max as usize,
+            output_bytes_max: args.output_bytes_max.unwrap_or(OUTPUT_BYTES_MAX) as usize,
             command_time_max: Duration::from_secs(args.command_secs_max),
         },
     )
@@ -333,6 +338,7 @@ pub async fn run_on<W: Write>(
         instructions: args.instructions,
         style: args.style,
         steps_max: args.steps_max,
+        output_bytes_told: args.output_bytes_max.is_some(),
     };
     let mut interrupt = std::pin::pin!(interrupt);
     rollout::Rollout::new(plan, door, toolbox, screen)

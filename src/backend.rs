@@ -17,6 +17,7 @@ use futures::{Stream, future::BoxFuture};
 use crate::{
     item::{Item, ResponseId, Tenant, TokenLogprob},
     ledger::Rope,
+    parse::Grammar,
 };
 
 /// The answer to a prompt: chunks until the sample ends. Dropping it cancels the sample.
@@ -29,6 +30,17 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Whether it can take a prompt now.
     fn healthy(&self) -> bool;
+
+    /// Whether samples of this tenant can keep to this grammar. Asked before a prompt is sampled
+    /// with it, and again for each prompt that has it: the second time must cost little.
+    ///
+    /// # Errors
+    ///
+    /// [`Ungrammatical`] says what of it cannot be kept to. A backend that finds out only when it
+    /// samples does not say.
+    fn check(&self, _tenant: &Tenant, _grammar: &Arc<Grammar>) -> Result<(), Ungrammatical> {
+        Ok(())
+    }
 
     /// Samples from the prompt.
     ///
@@ -103,6 +115,9 @@ pub struct Sampling {
     pub logit_bias: Arc<[(u32, f32)]>,
     /// How many of the likeliest tokens to tell; `None`: no log probabilities.
     pub top_logprobs: Option<u32>,
+    /// What the answer keeps to, whatever the other settings are; an end token comes where it is
+    /// complete. `None`: it is free. Only for backends that can constrain sampling.
+    pub grammar: Option<Arc<Grammar>>,
     /// Names of the tools that may be called. Only `sim` looks at them: an engine sees the prompt.
     pub tools: Arc<[Arc<str>]>,
 }
@@ -127,6 +142,16 @@ pub enum SampleEnd {
     Stop,
     /// `max_tokens` were sampled.
     Length,
+}
+
+/// Why samples cannot keep to a grammar.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the constraint cannot be kept to: {reason}")]
+pub struct Ungrammatical {
+    /// The schema that is at fault, where it is one.
+    pub schema: Option<Arc<str>>,
+    /// For people.
+    pub reason: String,
 }
 
 /// Why a backend could not sample, or not to the end.

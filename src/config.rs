@@ -292,9 +292,9 @@ pub struct Model {
 pub enum Engine {
     /// Answers by rules, with a real tokenizer and template.
     Sim {
-        /// The directory of the tokenizer and template. `None`: the embedded one.
+        /// The directory of the tokenizer and template. `None`: the built-in one.
         path: Option<PathBuf>,
-        /// The rules. `None`: the embedded demonstration.
+        /// The rules. `None`: the built-in demonstration.
         rules: Option<PathBuf>,
         /// How fast it seems to sample. 0: as fast as it can.
         tokens_per_second: f64,
@@ -303,8 +303,8 @@ pub enum Engine {
     },
     /// Runs the model in this process.
     Local {
-        /// The model's directory.
-        path: PathBuf,
+        /// The model's directory. `None`: the built-in model.
+        path: Option<PathBuf>,
         /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
         cache_bytes_max: Option<u64>,
         /// What it computes on.
@@ -338,20 +338,34 @@ impl Model {
         }
     }
 
-    /// The model of a server that was told of none.
-    fn sim_agent() -> Self {
-        Self {
-            name: "sim-agent".into(),
-            default: true,
+    /// The models of a server that was told of none: the tiny one that is built in, and the
+    /// simulated one.
+    fn built_in() -> Vec<Self> {
+        let model = |name: &str, engine| Self {
+            name: name.into(),
+            default: false,
             family: None,
             context_length: None,
-            engine: Engine::Sim {
+            engine,
+        };
+        let mut models = Vec::new();
+        if cfg!(feature = "local") {
+            let tiny = Engine::Local {
                 path: None,
-                rules: None,
-                tokens_per_second: file::TOKENS_PER_SECOND,
-                first_token_ms: file::FIRST_TOKEN_MS,
-            },
+                cache_bytes_max: None,
+                device: Device::default(),
+            };
+            models.push(model("tiny-agent", tiny));
         }
+        let simulated = Engine::Sim {
+            path: None,
+            rules: None,
+            tokens_per_second: file::TOKENS_PER_SECOND,
+            first_token_ms: file::FIRST_TOKEN_MS,
+        };
+        models.push(model("sim-agent", simulated));
+        models[0].default = true;
+        models
     }
 
     /// The local model in this directory, named after it.
@@ -374,7 +388,7 @@ impl Model {
             family: None,
             context_length: None,
             engine: Engine::Local {
-                path: path.into(),
+                path: Some(path.into()),
                 cache_bytes_max: None,
                 device: Device::default(),
             },
@@ -392,7 +406,7 @@ impl Default for Config {
             cache: Cache::default(),
             store: Store::default(),
             log: Log::default(),
-            models: vec![Model::sim_agent()],
+            models: Model::built_in(),
             api_keys: Keys::default(),
         }
     }
@@ -463,7 +477,7 @@ impl Config {
             config.models.push(Model::in_directory(path)?);
         }
         match config.models.as_mut_slice() {
-            [] => config.models.push(Model::sim_agent()),
+            [] => config.models = Model::built_in(),
             [only] => only.default = true,
             _ => {}
         }

@@ -22,6 +22,7 @@ pub mod event;
 pub mod item;
 
 // Level 1, mechanism: tokens and text.
+pub mod files;
 pub mod ledger;
 pub mod parse;
 pub mod template;

@@ -1,18 +1,13 @@
-//! What a model's name stands for: its text side, read from a Hugging Face directory or embedded,
+//! What a model's name stands for: its text side, read from a Hugging Face directory or built in,
 //! and the backend that samples from it.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::ErrorKind,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{borrow::Cow, collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use serde::Deserialize;
 
 use crate::{
     backend::Backend,
+    files::Files,
     parse::{Family, Markers, ParserOptions},
     request::Abilities,
     template::{Appends, SpecialTokens, Template, TemplateError},
@@ -34,10 +29,23 @@ pub struct Artifacts {
     pub end_tokens: Arc<[u32]>,
     /// The longest prompt and sample together, where its configuration tells.
     pub context_length: Option<u32>,
+    /// How it is sampled where a client does not say.
+    pub sampling: SamplingDefaults,
     /// Which appends its template keeps the past for, as a probe found out.
     pub appends: Appends,
     /// Names tokenizer, template and family.
     pub fingerprint: [u8; 32],
+}
+
+/// How a model is sampled where a client does not say: what its generation_config.json asks for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SamplingDefaults {
+    /// 0 to 2; 0 where `do_sample` is false, 1 where nothing is said.
+    pub temperature: f32,
+    /// Over 0, at most 1; 1 where nothing is said.
+    pub top_p: f32,
+    /// 0, all tokens, where nothing is said.
+    pub top_k: u32,
 }
 
 /// Why a model directory cannot be served.
@@ -61,23 +69,31 @@ pub enum ArtifactsError {
     },
     /// There is nothing to turn text into tokens with.
     #[error("{0} has no tokenizer.json")]
-    NoTokenizer(PathBuf),
+    NoTokenizer(Files),
     /// There is no template to render with.
     #[error(
         "{0} has no chat template: neither chat_template.jinja nor `chat_template` in tokenizer_config.json"
     )]
-    NoTemplate(PathBuf),
+    NoTemplate(Files),
     /// The tokenizer cannot be used.
     #[error("tokenizer.json: {0}")]
     Tokenizer(#[from] TokenizerError),
     /// The template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// A default of sampling is out of its range.
+    #[error("generation_config.json: {key} is not {range}")]
+    Sampling {
+        /// The key.
+        key: &'static str,
+        /// What it may be.
+        range: &'static str,
+    },
     /// Nothing would ever end an answer.
     #[error(
         "{0} names no end token in generation_config.json, config.json or tokenizer_config.json"
     )]
-    NoEndToken(PathBuf),
+    NoEndToken(Files),
 }
 
 /// One id or several, as `eos_token_id` has it.
@@ -93,43 +109,53 @@ enum OneOrMany {
 struct Facts {
     eos_token_id: Option<OneOrMany>,
     max_position_embeddings: Option<u32>,
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+}
+
+impl Facts {
+    fn sampling(&self) -> Result<SamplingDefaults, ArtifactsError> {
+        let temperature = match self.do_sample {
+            Some(false) => 0.0,
+            Some(true) | None => self.temperature.unwrap_or(1.0),
+        };
+        let top_p = self.top_p.unwrap_or(1.0);
+        let refuse = |key, range| Err(ArtifactsError::Sampling { key, range });
+        if !(0.0..=2.0).contains(&temperature) {
+            return refuse("temperature", "from 0 to 2");
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return refuse("top_p", "over 0 and at most 1");
+        }
+        Ok(SamplingDefaults {
+            temperature,
+            top_p,
+            top_k: self.top_k.unwrap_or(0),
+        })
+    }
 }
 
 impl Artifacts {
-    /// Reads tokenizer.json, the chat template and the configuration files from a directory.
+    /// Reads tokenizer.json, the chat template and the configuration files.
     ///
     /// # Errors
     ///
     /// What is missing, or cannot be used, and in which file.
-    pub fn load(dir: &Path, family: Option<Family>) -> Result<Self, ArtifactsError> {
-        let tokenizer = read(dir, "tokenizer.json")?
-            .ok_or_else(|| ArtifactsError::NoTokenizer(dir.to_path_buf()))?;
+    pub fn load(files: &Files, family: Option<Family>) -> Result<Self, ArtifactsError> {
+        let tokenizer = read(files, "tokenizer.json")?
+            .ok_or_else(|| ArtifactsError::NoTokenizer(files.clone()))?;
         let parts = Parts {
-            origin: dir.to_path_buf(),
+            files,
             tokenizer: &tokenizer,
-            template: read(dir, "chat_template.jinja")?
+            template: read(files, "chat_template.jinja")?
                 .map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
-            tokenizer_config: read(dir, "tokenizer_config.json")?,
+            tokenizer_config: read(files, "tokenizer_config.json")?,
             facts: [
-                json(dir, "generation_config.json")?,
-                json(dir, "config.json")?,
+                json(files, "generation_config.json")?,
+                json(files, "config.json")?,
             ],
-        };
-        Self::assemble(parts, family)
-    }
-
-    /// The text side of the embedded simulated model.
-    ///
-    /// # Errors
-    ///
-    /// None that a released program can meet: its tests load it.
-    pub fn embedded(family: Option<Family>) -> Result<Self, ArtifactsError> {
-        let parts = Parts {
-            origin: PathBuf::from("the embedded model"),
-            tokenizer: include_bytes!("../models/sim/tokenizer.json"),
-            template: Some(include_str!("../models/sim/chat_template.jinja").to_owned()),
-            tokenizer_config: Some(include_bytes!("../models/sim/tokenizer_config.json").to_vec()),
-            facts: [Facts::default(), Facts::default()],
         };
         Self::assemble(parts, family)
     }
@@ -139,7 +165,7 @@ impl Artifacts {
         let config: serde_json::Value = match &parts.tokenizer_config {
             Some(bytes) => {
                 serde_json::from_slice(bytes).map_err(|source| ArtifactsError::Parse {
-                    path: parts.origin.join("tokenizer_config.json"),
+                    path: parts.files.path("tokenizer_config.json"),
                     source,
                 })?
             }
@@ -149,18 +175,20 @@ impl Artifacts {
         let source = parts
             .template
             .or_else(|| crate::template::source_in_config(&config).map(str::to_owned))
-            .ok_or_else(|| ArtifactsError::NoTemplate(parts.origin.clone()))?;
+            .ok_or_else(|| ArtifactsError::NoTemplate(parts.files.clone()))?;
         let template = Template::new(&source, specials)?;
         let is_added = |content: &str| tokenizer.token_id(content).is_some();
         let family = family.unwrap_or_else(|| Family::detect(&source, &is_added));
         let end_tokens = end_tokens(&tokenizer, &config, &parts.facts);
         if end_tokens.is_empty() {
-            return Err(ArtifactsError::NoEndToken(parts.origin));
+            return Err(ArtifactsError::NoEndToken(parts.files.clone()));
         }
         let context_length = parts
             .facts
             .iter()
             .find_map(|facts| facts.max_position_embeddings);
+        let [generation, _] = &parts.facts;
+        let sampling = generation.sampling()?;
         let appends = template.probe();
         let reasoning = ["reasoning_content", "<think>", "[THINK]"]
             .iter()
@@ -192,6 +220,7 @@ impl Artifacts {
             parsing,
             end_tokens: end_tokens.into(),
             context_length,
+            sampling,
             appends,
             fingerprint,
         })
@@ -206,27 +235,26 @@ impl Artifacts {
 
 /// What a model is assembled from.
 struct Parts<'a> {
-    origin: PathBuf,
+    files: &'a Files,
     tokenizer: &'a [u8],
     template: Option<String>,
-    tokenizer_config: Option<Vec<u8>>,
+    tokenizer_config: Option<Cow<'static, [u8]>>,
+    /// Of generation_config.json and of config.json.
     facts: [Facts; 2],
 }
 
-fn read(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, ArtifactsError> {
-    let path = dir.join(name);
-    match fs::read(&path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(ArtifactsError::Read { path, source }),
-    }
+fn read(files: &Files, name: &str) -> Result<Option<Cow<'static, [u8]>>, ArtifactsError> {
+    files.read(name).map_err(|source| ArtifactsError::Read {
+        path: files.path(name),
+        source,
+    })
 }
 
-fn json(dir: &Path, name: &str) -> Result<Facts, ArtifactsError> {
-    match read(dir, name)? {
+fn json(files: &Files, name: &str) -> Result<Facts, ArtifactsError> {
+    match read(files, name)? {
         None => Ok(Facts::default()),
         Some(bytes) => serde_json::from_slice(&bytes).map_err(|source| ArtifactsError::Parse {
-            path: dir.join(name),
+            path: files.path(name),
             source,
         }),
     }
@@ -265,7 +293,7 @@ fn end_tokens(tokenizer: &Tokenizer, config: &serde_json::Value, facts: &[Facts]
 
 /// Text sides that were read before: names that share a directory share one. Bounded by bytes.
 pub struct ArtifactsCache {
-    cache: moka::sync::Cache<(Option<PathBuf>, Option<Family>), Arc<Artifacts>>,
+    cache: moka::sync::Cache<(Files, Option<Family>), Arc<Artifacts>>,
 }
 
 impl ArtifactsCache {
@@ -283,25 +311,19 @@ impl ArtifactsCache {
         }
     }
 
-    /// The text side in this directory, or the embedded one, read as this family or as what it
-    /// seems to be.
+    /// The text side of these files, read as this family or as what it seems to be.
     ///
     /// # Errors
     ///
     /// As [`Artifacts::load`].
     pub fn get(
         &self,
-        dir: Option<&Path>,
+        files: &Files,
         family: Option<Family>,
     ) -> Result<Arc<Artifacts>, Arc<ArtifactsError>> {
-        let key = (dir.map(Path::to_path_buf), family);
-        self.cache.try_get_with(key, || {
-            match dir {
-                Some(dir) => Artifacts::load(dir, family),
-                None => Artifacts::embedded(family),
-            }
-            .map(Arc::new)
-        })
+        let key = (files.clone(), family);
+        self.cache
+            .try_get_with(key, || Artifacts::load(files, family).map(Arc::new))
     }
 }
 
@@ -315,6 +337,8 @@ pub struct Model {
     pub backend: Arc<dyn Backend>,
     /// The longest prompt and sample together, in tokens.
     pub context_length: u32,
+    /// How many parameters it has; 0 where that is not known, or it has none.
+    pub parameters: u64,
     /// The most tokens that one response samples.
     pub output_tokens_max: u32,
 }

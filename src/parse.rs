@@ -36,6 +36,7 @@
 
 mod call;
 mod format;
+mod grammar;
 mod harmony;
 mod json;
 mod marker;
@@ -54,6 +55,7 @@ use harmony::Harmony;
 use marker::{Lexeme, Lexer, Marker};
 use tagged::{Dialect, Tagged};
 
+pub use grammar::{Calls, Demand, Grammar, NoGrammar};
 pub use marker::Markers;
 
 /// The most whitespace that is held back because it may be format, in bytes.

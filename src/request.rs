@@ -258,6 +258,27 @@ impl Settings {
         }
     }
 
+    /// Whether an answer must call a tool.
+    #[must_use]
+    pub fn requires_call(&self) -> bool {
+        match &self.tool_choice {
+            Some(
+                ToolChoice::Required
+                | ToolChoice::Function(_)
+                | ToolChoice::Custom(_)
+                | ToolChoice::Allowed { required: true, .. },
+            ) => true,
+            None
+            | Some(
+                ToolChoice::Auto
+                | ToolChoice::None
+                | ToolChoice::Allowed {
+                    required: false, ..
+                },
+            ) => false,
+        }
+    }
+
     /// Whether the two render the same prompt from the same items.
     #[must_use]
     pub fn renders_like(&self, other: &Self) -> bool {
@@ -287,21 +308,8 @@ impl Settings {
             {
                 return refuse(&format!("tools[{index}].function.strict"), CONSTRAINED);
             }
-            match &self.tool_choice {
-                None
-                | Some(
-                    ToolChoice::Auto
-                    | ToolChoice::None
-                    | ToolChoice::Allowed {
-                        required: false, ..
-                    },
-                ) => {}
-                Some(
-                    ToolChoice::Required
-                    | ToolChoice::Function(_)
-                    | ToolChoice::Custom(_)
-                    | ToolChoice::Allowed { required: true, .. },
-                ) => return refuse("tool_choice", CONSTRAINED),
+            if self.requires_call() {
+                return refuse("tool_choice", CONSTRAINED);
             }
             match &self.text {
                 None | Some(TextFormat::Plain) => {}
@@ -369,6 +377,12 @@ impl Settings {
             return Err(Error::invalid(
                 "create.tool_choice",
                 format!("no tool has the name `{unknown}`"),
+            ));
+        }
+        if self.requires_call() && self.tools().is_empty() {
+            return Err(Error::invalid(
+                "create.tool_choice",
+                "a call is required, and there is no tool",
             ));
         }
         Ok(())

@@ -11,6 +11,7 @@
 //! The response owns what it staged; nothing of it is on the ledger for others before
 //! [`Open::commit`], and dropping it leaves no trace.
 
+mod constraint;
 mod round;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -24,6 +25,7 @@ use crate::{
     item::{Body, Item, Part, ResponseId, Role, Tenant},
     ledger::Rope,
     model::Model,
+    parse::Grammar,
     render::{self, CachedHead, Entry, Head, Heads, Speaker, Tail, Visible},
     request::{NewItem, OpenCall, Settings, Truncation, ValidItem, validate_append},
     safety::{self, Cleared},
@@ -31,6 +33,9 @@ use crate::{
 };
 
 use round::Round;
+
+/// How much of a prompt's end tells whether it has opened the model's reasoning, in bytes.
+const ROUND_TAIL_BYTES: usize = 64;
 
 /// About what templates write around a message, in bytes.
 const MESSAGE_BYTES: usize = 48;
@@ -96,6 +101,8 @@ pub struct Open {
     rope: Rope,
     prompt_tokens: usize,
     prompt_entries: usize,
+    /// What the sample that follows the last prompt keeps to.
+    grammar: Option<Arc<Grammar>>,
     /// Why the next prompt may not extend the last one, where that is known beforehand.
     rerender: Option<RerenderReason>,
     /// What was rendered of early input.
@@ -340,6 +347,7 @@ impl Open {
             rope,
             prompt_tokens: 0,
             prompt_entries: 0,
+            grammar: None,
             rerender,
             ahead: None,
             head_tokens,
@@ -423,9 +431,24 @@ impl Open {
             rendered = self.render(&self.messages(), generation_prompt, None)?;
         }
         self.rope = rendered.rope;
+        self.constrain()?;
         self.prompt_tokens = self.rope.len_tokens();
         self.prompt_entries = self.entries_start + self.entries.len();
         self.report = self.report_on(&previous, rendered.encoded_tokens);
+        Ok(())
+    }
+
+    /// Finds out what the next sample keeps to, and whether the backend can make it.
+    fn constrain(&mut self) -> Result<(), Error> {
+        let tail = self.rope.tail(ROUND_TAIL_BYTES);
+        let grammar = constraint::grammar(&self.settings, &self.model.artifacts, &tail)?;
+        if self.grammar.as_deref() != grammar.as_ref() {
+            self.grammar = grammar.map(Arc::new);
+        }
+        if let Some(grammar) = &self.grammar {
+            let checked = self.model.backend.check(&self.tenant, grammar);
+            checked.map_err(|error| constraint::refused(&self.settings, &error))?;
+        }
         Ok(())
     }
 
@@ -585,6 +608,7 @@ impl Open {
     #[must_use]
     pub fn prompt(&self) -> Prompt {
         let settings = &self.settings;
+        let defaults = &self.model.artifacts.sampling;
         let tools = settings
             .tools()
             .iter()
@@ -600,14 +624,15 @@ impl Open {
             sampling: Sampling {
                 max_tokens: self.max_tokens(),
                 end_tokens: self.model.artifacts.end_tokens.clone(),
-                temperature: settings.temperature.unwrap_or(1.0),
-                top_p: settings.top_p.unwrap_or(1.0),
-                top_k: settings.top_k.unwrap_or(0),
+                temperature: settings.temperature.unwrap_or(defaults.temperature),
+                top_p: settings.top_p.unwrap_or(defaults.top_p),
+                top_k: settings.top_k.unwrap_or(defaults.top_k),
                 seed: settings.seed.unwrap_or_else(rand::random),
                 presence_penalty: settings.presence_penalty.unwrap_or(0.0),
                 frequency_penalty: settings.frequency_penalty.unwrap_or(0.0),
                 logit_bias: settings.logit_bias.clone().unwrap_or_default(),
                 top_logprobs: settings.top_logprobs,
+                grammar: self.grammar.clone(),
                 tools,
             },
         }

@@ -16,6 +16,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
+    agent::DEFAULT_SERVER,
     auth::{AuthLayer, Gate},
     config::{Config, Engine, LogFormat, Model},
     drain::Drain,
@@ -237,10 +238,14 @@ fn welcome(models: &[Model], address: SocketAddr, asks_for_keys: bool) -> String
     } else {
         ""
     };
+    let server = match format!("http://{reach}") {
+        default if default == DEFAULT_SERVER => String::new(),
+        other => format!("--server {other} "),
+    };
     let create = r#"{"create":{"input":[{"user_text":"hello"}]}}"#;
     let _ = writeln!(
         text,
-        "\n  try\n    grpcurl -plaintext {key}-d '{create}' {reach} hotloop.v1.ResponsesService/Connect\n"
+        "\n  try\n    hotloop agent {server}\"What is in this folder?\"\n    grpcurl -plaintext {key}-d '{create}' {reach} hotloop.v1.ResponsesService/Connect\n"
     );
     text
 }

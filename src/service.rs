@@ -423,6 +423,7 @@ fn model_message(models: &Models, model: &Model) -> pb::Model {
         appends_tool_outputs: appends.tool_outputs,
         appends_user_messages: appends.user_messages,
         healthy: model.backend.healthy(),
+        parameters: model.parameters,
     }
 }
 

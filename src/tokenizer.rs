@@ -12,7 +12,7 @@ mod detok;
 mod guard;
 mod probe;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -295,6 +295,11 @@ impl Tokenizer {
     /// Whether the vocabulary calls this added token special: not meant for readers.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.added_token(id).is_some_and(|token| token.special)
+    }
+
+    /// Whether this token stands for itself and not for its text, so that no text can spell it.
+    pub fn is_control(&self, id: TokenId) -> bool {
+        self.table.is_control(id)
     }
 
     /// Whether text may be cut before this token wherever it is matched.

@@ -103,12 +103,12 @@ impl Python {
         Ok(Self { interpreter, stubs })
     }
 
-    /// Runs a client against this server, in this directory, and gives what it printed.
+    /// Runs a script, of the repository's root, against this server, in this directory, and gives what it printed.
     async fn plays(&self, program: &Program, dir: &Path, arguments: &[&str]) -> String {
         let (client, arguments) = arguments.split_first().unwrap();
         let mut command = tokio::process::Command::new(&self.interpreter);
         command
-            .arg(clients().join(client))
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(client))
             .args(["--server", &program.address.to_string()])
             .args(arguments)
             .current_dir(dir)
@@ -155,7 +155,7 @@ async fn every_part_of_the_protocol_is_as_promised() {
     let Some(python) = Python::find() else { return };
     let program = serve().await;
     let said = python
-        .plays(&program, &clients(), &["test_stream.py"])
+        .plays(&program, &clients(), &["clients/python/test_stream.py"])
         .await;
     assert!(said.ends_with("all as promised\n"), "{said}");
 }
@@ -171,7 +171,11 @@ async fn the_agent_loop_runs_in_both_styles() {
     )
     .unwrap();
     for style in [&[][..], &["--chained"]] {
-        let arguments = [&["agent_loop.py", "What does README.md say?"], style].concat();
+        let arguments = [
+            &["clients/python/agent_loop.py", "What does README.md say?"],
+            style,
+        ]
+        .concat();
         let said = python.plays(&program, dir.path(), &arguments).await;
         assert!(
             said.contains("README.md begins: # All about bees\n"),
@@ -179,4 +183,18 @@ async fn the_agent_loop_runs_in_both_styles() {
         );
         assert!(said.contains("RESPONSE_STATUS_COMPLETED"), "{said}");
     }
+}
+
+/// A few of the rollouts by which `models/tiny-agent/README.md` measures the built-in model, with
+/// enough room that chance alone does not fail it.
+#[tokio::test]
+#[cfg(feature = "local")]
+async fn the_built_in_model_solves_tasks_that_it_has_not_seen() {
+    let Some(python) = Python::find() else { return };
+    let keys = format!("ada:{KEY}");
+    let program = Serve::with_config("").keys(&keys).start().await;
+    let evaluate = "models/tiny-agent/recipe/evaluate.py";
+    let arguments = [evaluate, "--count", "16", "--at-least", "75"];
+    let said = python.plays(&program, &clients(), &arguments).await;
+    assert!(said.contains("rollouts right: "), "{said}");
 }

@@ -13,8 +13,8 @@ use tonic::{
 
 use super::{AgentError, ApiKey, DEFAULT_SERVER};
 use crate::proto::{
-    ConnectRequest, ConnectResponse, connect_request::Command,
-    responses_service_client::ResponsesServiceClient,
+    ConnectRequest, ConnectResponse, ListModelsRequest, Model, connect_request::Command,
+    models_service_client::ModelsServiceClient, responses_service_client::ResponsesServiceClient,
 };
 
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
@@ -104,17 +104,34 @@ impl Door {
         })
     }
 
+    /// What the server says of the model of this name, or of its default. `None` where it says
+    /// nothing: the stream will tell what is wrong.
+    pub(super) async fn model(&self, channel: Channel, name: Option<&str>) -> Option<Model> {
+        let mut request = Request::new(ListModelsRequest {});
+        self.authorize(&mut request);
+        let mut client = ModelsServiceClient::new(channel);
+        let answer = tokio::time::timeout(HEADERS_TIME_MAX, client.list_models(request)).await;
+        let models = answer.ok()?.ok()?.into_inner().models;
+        models.into_iter().find(|model| match name {
+            Some(name) => model.name == name,
+            None => model.is_default,
+        })
+    }
+
+    fn authorize<T>(&self, request: &mut Request<T>) {
+        if let Some(authorization) = &self.authorization {
+            let value = authorization.clone();
+            request.metadata_mut().insert("authorization", value);
+        }
+    }
+
     /// A new stream on `channel`. The call itself is made by [`Link::next`], while commands are
     /// already sent: no server can make us wait for headers that it only sends once it has read
     /// something.
     pub(super) fn stream(&self, channel: Channel) -> Link {
         let (commands, outgoing) = mpsc::channel(COMMANDS_WAITING_MAX);
         let mut request = Request::new(ReceiverStream::new(outgoing));
-        if let Some(authorization) = &self.authorization {
-            request
-                .metadata_mut()
-                .insert("authorization", authorization.clone());
-        }
+        self.authorize(&mut request);
         let mut client = ResponsesServiceClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -30,10 +30,10 @@ use tokio::{
     task::{JoinError, JoinSet},
     time::{Instant, sleep_until},
 };
-use tonic::Status;
+use tonic::{Status, transport::Channel};
 
 use super::{
-    AgentError, Outcome, Style, Summary, Times, Tokens,
+    AgentError, OUTPUT_BYTES_MIN, Outcome, Style, Summary, Times, Tokens,
     link::{Door, Link},
     screen::{self, Screen},
     tools::{Answer, Toolbox},
@@ -61,6 +61,8 @@ pub(super) struct Plan {
     pub(super) instructions: Option<String>,
     pub(super) style: Style,
     pub(super) steps_max: u32,
+    /// Whether a person has said how long outputs may be.
+    pub(super) output_bytes_told: bool,
 }
 
 /// One rollout, from the task to the answer.
@@ -401,7 +403,12 @@ impl<W: Write> Rollout<W> {
         self.last = (String::new(), create.clone());
         if self.link.is_none() {
             match self.door.connect().await {
-                Ok(channel) => self.link = Some(self.door.stream(channel)),
+                Ok(channel) => {
+                    if self.requests == 0 {
+                        self.meet_the_model(channel.clone()).await?;
+                    }
+                    self.link = Some(self.door.stream(channel));
+                }
                 // Nobody was ever there: that is for the person to mend.
                 Err(status) if self.steps == 0 && self.losses == 0 => {
                     return Err(self.door.unreachable(&status));
@@ -410,6 +417,20 @@ impl<W: Write> Rollout<W> {
             }
         }
         self.last.0 = self.send(Command::Create(create)).await;
+        Ok(())
+    }
+
+    /// Says who answers, and fits the outputs of the tools to its context: a quarter of it for one
+    /// output, or less, at two bytes a token.
+    async fn meet_the_model(&mut self, channel: Channel) -> Result<(), AgentError> {
+        let name = self.plan.model.as_deref();
+        if let Some(model) = self.door.model(channel, name).await {
+            self.screen.model(&model)?;
+            if !self.plan.output_bytes_told {
+                let bytes_max = (model.context_length / 2).max(OUTPUT_BYTES_MIN);
+                self.toolbox.shorten_outputs(bytes_max as usize);
+            }
+        }
         Ok(())
     }
 

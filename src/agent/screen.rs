@@ -8,12 +8,15 @@ use std::{
 };
 
 use super::{Outcome, Summary};
-use crate::proto::{PromptReport, RerenderReason, Timing};
+use crate::proto::{Model, PromptReport, RerenderReason, Timing};
 
 /// Cells of the longest bar of a waterfall.
 const BAR_CELLS: u64 = 40;
 /// Characters of a call's arguments that are shown.
 const ARGUMENTS_CHARS_MAX: usize = 60;
+
+/// Models with fewer parameters are said to be small.
+const SMALL_PARAMETERS: u64 = 100_000_000;
 
 /// Writes a rollout for a person to read, as plain lines to any writer.
 #[derive(Debug)]
@@ -83,6 +86,25 @@ impl<W: Write> Screen<W> {
     /// More of what the model thinks.
     pub(super) fn reasoning(&mut self, text: &str) -> io::Result<()> {
         self.stream(Place::Reasoning, Style::Dim, text)
+    }
+
+    /// Which model answers, and what to expect of it.
+    pub(super) fn model(&mut self, model: &Model) -> io::Result<()> {
+        let mut text = format!("{}: ", plain(&model.name));
+        if model.backend == "sim" {
+            text.push_str("a simulated model, which plays a script and understands nothing");
+        } else {
+            if model.parameters > 0 {
+                text.push_str(&format!("{} parameters, ", magnitude(model.parameters)));
+            }
+            text.push_str(&format!("{} tokens of context", model.context_length));
+            if (1..SMALL_PARAMETERS).contains(&model.parameters) {
+                text.push_str(". So small a model errs often: look at what its tools said");
+            }
+        }
+        self.break_line()?;
+        self.put(Style::Dim, &text)?;
+        self.end_line()
     }
 
     /// Something about the rollout itself.
@@ -329,6 +351,18 @@ fn shortened(arguments: &str) -> String {
         text.push('…');
     }
     text
+}
+
+/// A large number in words.
+fn magnitude(number: u64) -> String {
+    let [thousand, million, billion] = [1e3, 1e6, 1e9];
+    let number = number as f64;
+    match number {
+        _ if number >= billion => format!("{:.1} billion", number / billion),
+        _ if number >= million => format!("{:.1} million", number / million),
+        _ if number >= thousand => format!("{:.0} thousand", number / thousand),
+        _ => number.to_string(),
+    }
 }
 
 fn duration(duration: Duration) -> String {

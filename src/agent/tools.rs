@@ -87,6 +87,11 @@ impl Toolbox {
         })
     }
 
+    /// From now on an output has at most this many bytes, or as many as before where that is less.
+    pub(super) fn shorten_outputs(&mut self, bytes_max: usize) {
+        self.limits.output_bytes_max = self.limits.output_bytes_max.min(bytes_max);
+    }
+
     /// The tools as the model sees them: only those that may be used.
     pub(super) fn definitions(&self) -> Vec<proto::Tool> {
         let mut tools = vec![

@@ -13,7 +13,7 @@
 //! ```text
 //!   config, weights ── model ─┐
 //!   kv (blocks) ── cache ─────┼── engine (one thread) ── chunks
-//!                  sampler ───┘
+//!         guide ── sampler ───┘
 //! ```
 
 mod cache;
@@ -21,6 +21,7 @@ mod config;
 mod device;
 mod engine;
 mod gguf;
+mod guide;
 mod kv;
 mod model;
 mod safetensors;
@@ -30,19 +31,23 @@ mod weights;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
+use std::{path::PathBuf, sync::Arc};
+
+use futures::{StreamExt as _, future::BoxFuture, stream};
+
+use super::{Backend, BackendError, Capabilities, Chunks, Prompt, Ungrammatical};
+use crate::{
+    files::Files,
+    item::Tenant,
+    parse::Grammar,
+    tokenizer::{TokenId, Tokenizer},
 };
-
-use futures::{StreamExt as _, future::BoxFuture};
-
-use super::{Backend, BackendError, Capabilities, Chunks, Prompt};
 
 pub use device::DeviceChoice;
 
 use cache::Cache;
 use engine::{Engine, Limits, Work};
+use guide::Guides;
 use kv::Pool;
 use model::Model;
 use weights::Weights;
@@ -267,6 +272,12 @@ pub enum LoadError {
         #[source]
         source: candle_core::Error,
     },
+    /// The vocabulary cannot be used for constrained sampling.
+    #[error("the vocabulary cannot be constrained: {reason}")]
+    Vocabulary {
+        /// Why.
+        reason: String,
+    },
     /// The engine's thread could not be started.
     #[error("the engine's thread cannot be started")]
     Thread(#[source] std::io::Error),
@@ -276,8 +287,11 @@ pub enum LoadError {
 #[derive(Debug)]
 pub struct Local {
     engine: Engine,
+    /// What constrains samples, where the vocabulary is known.
+    guides: Option<Guides>,
     vocab_size: u32,
     context_length: u32,
+    parameters: u64,
 }
 
 impl Local {
@@ -288,13 +302,16 @@ impl Local {
     /// # Errors
     ///
     /// See [`LoadError`]: what is missing in the directory or is not supported, by name.
-    pub fn load(dir: &Path, options: LocalOptions) -> Result<Self, LoadError> {
+    pub fn load(files: impl Into<Files>, options: LocalOptions) -> Result<Self, LoadError> {
         options.check()?;
-        if !dir.is_dir() {
-            return Err(LoadError::NotADirectory { path: dir.into() });
+        let files = files.into();
+        if let Files::Directory(path) = &files
+            && !path.is_dir()
+        {
+            return Err(LoadError::NotADirectory { path: path.clone() });
         }
         let device = options.device.open()?;
-        let (config, weights) = Weights::open(dir, &device)?;
+        let (config, weights) = Weights::open(&files, &device)?;
         let context_length = options.context_length.unwrap_or(config.context_length);
         if !(1..=config.context_length).contains(&context_length) {
             return Err(LoadError::ContextLength {
@@ -305,6 +322,7 @@ impl Local {
         if device.is_cpu() {
             weights.fit(device::available_bytes())?;
         }
+        let parameters = weights.parameters();
         let pool = Pool::new(config.kv_layout(options.block_tokens), &device);
         let model = Model::new(&config, weights, &device)?;
         tracing::info!(
@@ -330,8 +348,27 @@ impl Local {
         .map_err(LoadError::Thread)?;
         Ok(Self {
             engine,
+            guides: None,
             vocab_size: config.vocab_size,
             context_length,
+            parameters,
+        })
+    }
+
+    /// The same model, whose samples can keep to a grammar: it is told the texts of its tokens,
+    /// and which of them end an answer.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Vocabulary`].
+    pub fn constrained(
+        self,
+        tokenizer: &Tokenizer,
+        end_tokens: &Arc<[TokenId]>,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            guides: Some(Guides::new(tokenizer, end_tokens)?),
+            ..self
         })
     }
 
@@ -339,6 +376,12 @@ impl Local {
     #[must_use]
     pub fn vocab_size(&self) -> u32 {
         self.vocab_size
+    }
+
+    /// How many numbers its weights are.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        self.parameters
     }
 
     /// The most tokens of a prompt and its answer. A sample that comes to it ends as if
@@ -355,7 +398,7 @@ impl Backend for Local {
             kind: "local",
             keeps_cache: true,
             prefill: true,
-            constrained_sampling: false,
+            constrained_sampling: self.guides.is_some(),
             logprobs: true,
             reads_items: false,
             sampling: true,
@@ -368,13 +411,34 @@ impl Backend for Local {
         self.engine.works()
     }
 
+    fn check(&self, tenant: &Tenant, grammar: &Arc<Grammar>) -> Result<(), Ungrammatical> {
+        match &self.guides {
+            Some(guides) => guides.check(tenant, grammar),
+            None => Err(Ungrammatical {
+                schema: None,
+                reason: "the vocabulary is not known".into(),
+            }),
+        }
+    }
+
     fn sample(&self, prompt: Prompt) -> Chunks {
-        self.engine.submit(prompt, Work::Sample)
+        let guide = match (&self.guides, &prompt.sampling.grammar) {
+            (_, None) => Ok(None),
+            (Some(guides), Some(grammar)) => guides.guide(&prompt.tenant, grammar).map(Some),
+            (None, Some(grammar)) => self.check(&prompt.tenant, grammar).map(|()| None),
+        };
+        match guide {
+            Ok(guide) => self.engine.submit(prompt, Work::Sample, guide),
+            Err(error) => {
+                let reason = error.to_string();
+                Box::pin(stream::iter([Err(BackendError::Failed { reason })]))
+            }
+        }
     }
 
     /// Starts at once, and stops when the future is dropped; what was computed by then is kept.
     fn prefill(&self, prompt: Prompt) -> BoxFuture<'static, Result<(), BackendError>> {
-        let mut done = self.engine.submit(prompt, Work::Prefill);
+        let mut done = self.engine.submit(prompt, Work::Prefill, None);
         Box::pin(async move {
             while let Some(chunk) = done.next().await {
                 chunk?;

@@ -13,7 +13,8 @@ use std::{
 
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
 
-use super::{Backend, BackendError, Capabilities, Chunks, Prompt};
+use super::{Backend, BackendError, Capabilities, Chunks, Prompt, Ungrammatical};
+use crate::{item::Tenant, parse::Grammar};
 
 /// Backends that serve the same model.
 pub struct Router {
@@ -71,6 +72,12 @@ impl Backend for Router {
 
     fn healthy(&self) -> bool {
         self.replicas.iter().any(|replica| replica.healthy())
+    }
+
+    /// Each of them must be able to, since any may be the one that samples.
+    fn check(&self, tenant: &Tenant, grammar: &Arc<Grammar>) -> Result<(), Ungrammatical> {
+        let mut replicas = self.replicas.iter();
+        replicas.try_for_each(|replica| replica.check(tenant, grammar))
     }
 
     fn sample(&self, prompt: Prompt) -> Chunks {

@@ -76,7 +76,11 @@ impl Engine {
                     *path = directory.join(&*path);
                 }
             }
-            Self::Local { path, .. } => *path = directory.join(&*path),
+            Self::Local { path, .. } => {
+                if let Some(path) = path {
+                    *path = directory.join(&*path);
+                }
+            }
         }
     }
 }
@@ -221,12 +225,8 @@ impl Model {
                 return Err(format!("{key} is only for backend = \"sim\""));
             }
         }
-        let path = self
-            .path
-            .clone()
-            .ok_or("backend = \"local\" needs path, the model's directory")?;
         Ok(Engine::Local {
-            path,
+            path: self.path.clone(),
             cache_bytes_max: self.cache_bytes_max,
             device: self.device.unwrap_or_default(),
         })
@@ -267,7 +267,7 @@ impl From<super::Model> for Model {
                 cache_bytes_max,
                 device,
             } => Self {
-                path: Some(path),
+                path,
                 cache_bytes_max,
                 device: Some(device),
                 ..blank

@@ -53,24 +53,30 @@ fn nothing_said_is_the_default() {
     let config = Config::load(&Flags::default(), []).unwrap();
     assert_eq!(config, Config::default());
     assert_eq!(file("").load(), Config::default());
-    assert_eq!(config.default_model().unwrap().name, "sim-agent");
+    let default = match cfg!(feature = "local") {
+        true => "tiny-agent",
+        false => "sim-agent",
+    };
+    assert_eq!(config.default_model().unwrap().name, default);
 }
 
 #[test]
+#[cfg(feature = "local")]
 fn the_example_says_every_key_and_its_default() {
     assert_eq!(file(EXAMPLE).load(), Config::default());
     let example: toml::Table = EXAMPLE.parse().unwrap();
     let all = toml::Table::try_from(Config::default()).unwrap();
-    for (section, keys) in &all {
-        let (keys, said) = match (keys, &example[section]) {
-            (toml::Value::Table(keys), toml::Value::Table(said)) => (keys, said),
-            (toml::Value::Array(keys), toml::Value::Array(said)) => {
-                (keys[0].as_table().unwrap(), said[0].as_table().unwrap())
-            }
-            other => panic!("{section} is {other:?}"),
+    // The keys of a table, or of each table of an array.
+    let keys = |value: &toml::Value| -> Vec<Vec<String>> {
+        let tables: Vec<_> = match value.as_array() {
+            Some(tables) => tables.iter().collect(),
+            None => vec![value],
         };
-        let keys: Vec<_> = keys.keys().collect();
-        assert_eq!(keys, said.keys().collect::<Vec<_>>(), "in [{section}]");
+        let keys = tables.iter().map(|it| it.as_table().unwrap().keys());
+        keys.map(|keys| keys.cloned().collect()).collect()
+    };
+    for (section, value) in &all {
+        assert_eq!(keys(value), keys(&example[section]), "in [{section}]");
     }
 }
 
@@ -147,8 +153,8 @@ fn a_wrong_type_is_named_with_its_line() {
         "FILE:2: auth.mode: unknown variant `maybe`, expected one of `auto`, `required`, `off`"
     );
     assert_eq!(
-        file("\n[[model]]\nname = \"a\"\nbackend = \"local\"\n").error(),
-        "FILE:2: model[0]: backend = \"local\" needs path, the model's directory"
+        file("\n[[model]]\nname = \"a\"\nbackend = \"local\"\nrules = \"r\"\n").error(),
+        "FILE:2: model[0]: rules is only for backend = \"sim\""
     );
     let error = file("[server]\nlisten = \n").error();
     assert!(error.starts_with("FILE:2: "), "{error}");
@@ -278,7 +284,7 @@ fn models_are_read_and_exactly_one_is_the_default() {
         family: None,
         context_length: Some(4096),
         engine: Engine::Local {
-            path: directory.join("models/qwen"),
+            path: Some(directory.join("models/qwen")),
             cache_bytes_max: Some(1 << 20),
             device: Device::Cpu,
         },

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Open, RoundEnd};
+use super::{Open, ROUND_TAIL_BYTES, RoundEnd};
 use crate::{
     event::{Code, DeltaKind, Error, Event},
     item::{
@@ -142,7 +142,9 @@ impl Round {
             .collect();
         let tokenizer = &artifacts.tokenizer;
         let parser = artifacts.family.parser(ParserOptions {
-            in_reasoning: artifacts.family.reasoning_opened(&open.rope.tail(64)),
+            in_reasoning: artifacts
+                .family
+                .reasoning_opened(&open.rope.tail(ROUND_TAIL_BYTES)),
             tools: Arc::new(callable),
             ..artifacts.parsing.clone()
         });

@@ -17,6 +17,7 @@ use crate::{
         sim::{Pace, Sim},
     },
     config::{self, Config, Engine},
+    files::{BuiltIn, Files},
     model::{Artifacts, ArtifactsCache, Model, Models},
     parse::Family,
     proto::{
@@ -149,12 +150,15 @@ fn load(config: &Config, model: &config::Model, cache: &ArtifactsCache) -> Resul
         .map(str::parse)
         .transpose()
         .map_err(|error: crate::parse::UnknownFamily| error.to_string())?;
-    let dir = match &model.engine {
-        Engine::Sim { path, .. } => path.as_deref(),
-        Engine::Local { path, .. } => Some(path.as_path()),
-    };
-    let artifacts = cache.get(dir, family).map_err(|error| error.to_string())?;
-    let (backend, context_length) = backend(config, model, &artifacts)?;
+    let files = files(&model.engine)?;
+    let artifacts = cache
+        .get(&files, family)
+        .map_err(|error| error.to_string())?;
+    let Sampler {
+        backend,
+        context_length,
+        parameters,
+    } = sampler(config, model, &artifacts)?;
     let appends = artifacts.appends;
     if !appends.tool_outputs {
         tracing::warn!(
@@ -166,17 +170,43 @@ fn load(config: &Config, model: &config::Model, cache: &ArtifactsCache) -> Resul
         name: model.name.as_str().into(),
         backend: Arc::new(Router::new(backend, Vec::new())),
         context_length,
+        parameters,
         output_tokens_max: config.request.output_tokens_max,
         artifacts,
     })
 }
 
-/// The backend of a model, and the longest prompt and sample that it takes together.
-fn backend(
+/// Where the model's files are.
+fn files(engine: &Engine) -> Result<Files, String> {
+    match engine {
+        Engine::Sim {
+            path: Some(path), ..
+        }
+        | Engine::Local {
+            path: Some(path), ..
+        } => Ok(Files::from(path.as_path())),
+        Engine::Sim { path: None, .. } => Ok(Files::BuiltIn(BuiltIn::SimAgent)),
+        #[cfg(feature = "local")]
+        Engine::Local { path: None, .. } => Ok(Files::BuiltIn(BuiltIn::TinyAgent)),
+        #[cfg(not(feature = "local"))]
+        Engine::Local { path: None, .. } => Err(WITHOUT_LOCAL.to_owned()),
+    }
+}
+
+/// What samples from a model.
+struct Sampler {
+    backend: Arc<dyn Backend>,
+    /// The longest prompt and sample that it takes together, in tokens.
+    context_length: u32,
+    /// 0 where it has none.
+    parameters: u64,
+}
+
+fn sampler(
     config: &Config,
     model: &config::Model,
     artifacts: &Arc<Artifacts>,
-) -> Result<(Arc<dyn Backend>, u32), String> {
+) -> Result<Sampler, String> {
     match &model.engine {
         Engine::Sim {
             rules,
@@ -194,18 +224,19 @@ fn backend(
             };
             let own = artifacts.context_length.unwrap_or(SIM_CONTEXT_LENGTH);
             let context_length = within(model.context_length, own)?;
-            Ok((
-                Arc::new(sim.map_err(|error| error.to_string())?),
+            Ok(Sampler {
+                backend: Arc::new(sim.map_err(|error| error.to_string())?),
                 context_length,
-            ))
+                parameters: 0,
+            })
         }
         Engine::Local {
-            path,
             cache_bytes_max,
             device,
+            ..
         } => local(
             model,
-            path,
+            &files(&model.engine)?,
             cache_bytes_max.unwrap_or_else(|| config.unclaimed_cache_bytes()),
             *device,
             artifacts,
@@ -227,11 +258,11 @@ fn within(asked: Option<u32>, own: u32) -> Result<u32, String> {
 #[cfg(feature = "local")]
 fn local(
     model: &config::Model,
-    path: &std::path::Path,
+    files: &Files,
     cache_bytes_max: u64,
     device: config::Device,
     artifacts: &Artifacts,
-) -> Result<(Arc<dyn Backend>, u32), String> {
+) -> Result<Sampler, String> {
     use crate::backend::local::{DeviceChoice, Local, LocalOptions};
 
     let name: Arc<str> = model.name.as_str().into();
@@ -246,7 +277,9 @@ fn local(
         context_length: model.context_length,
         ..LocalOptions::new(name)
     };
-    let local = Local::load(path, options).map_err(|error| with_causes(&error))?;
+    let local = Local::load(files.clone(), options)
+        .and_then(|local| local.constrained(&artifacts.tokenizer, &artifacts.end_tokens))
+        .map_err(|error| with_causes(&error))?;
     let tokens = artifacts.tokenizer.vocab_size();
     if tokens > local.vocab_size() as usize {
         return Err(format!(
@@ -254,8 +287,11 @@ fn local(
             local.vocab_size()
         ));
     }
-    let context_length = local.context_length();
-    Ok((Arc::new(local), context_length))
+    Ok(Sampler {
+        context_length: local.context_length(),
+        parameters: local.parameters(),
+        backend: Arc::new(local),
+    })
 }
 
 /// An error with everything that lies behind it.
@@ -268,10 +304,13 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 #[cfg(not(feature = "local"))]
 fn local(
     _: &config::Model,
-    _: &std::path::Path,
+    _: &Files,
     _: u64,
     _: config::Device,
     _: &Artifacts,
-) -> Result<(Arc<dyn Backend>, u32), String> {
-    Err("this program was built without the feature `local`".to_owned())
+) -> Result<Sampler, String> {
+    Err(WITHOUT_LOCAL.to_owned())
 }
+
+#[cfg(not(feature = "local"))]
+const WITHOUT_LOCAL: &str = "this program was built without the feature `local`";

@@ -614,15 +614,19 @@ async fn an_address_that_is_taken_is_an_error() {
 #[test]
 fn the_welcome_says_where_and_how() {
     let local: SocketAddr = "127.0.0.1:50051".parse().unwrap();
+    let mut model = Config::default().models.pop().unwrap();
+    model.name = "mine".into();
+    model.default = true;
     assert_eq!(
-        welcome(&Config::default().models, local, false),
-        "\nhotloop serves gRPC on 127.0.0.1:50051\n\n  models\n    sim-agent: sim (default)\n\n  \
-         try\n    grpcurl -plaintext -d '{\"create\":{\"input\":[{\"user_text\":\"hello\"}]}}' \
+        welcome(&[model], local, false),
+        "\nhotloop serves gRPC on 127.0.0.1:50051\n\n  models\n    mine: sim (default)\n\n  \
+         try\n    hotloop agent \"What is in this folder?\"\n    grpcurl -plaintext -d '{\"create\":{\"input\":[{\"user_text\":\"hello\"}]}}' \
          127.0.0.1:50051 hotloop.v1.ResponsesService/Connect\n\n"
     );
     let public = welcome(&[], "0.0.0.0:1".parse().unwrap(), true);
     assert!(public.contains("-H \"authorization: Bearer $HOTLOOP_API_KEY\" "));
     assert!(public.contains(" localhost:1 "));
+    assert!(public.contains("agent --server http://localhost:1 "));
 }
 
 #[test]

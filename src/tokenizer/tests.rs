@@ -1,5 +1,5 @@
 #[path = "../../tests/support/vocab.rs"]
-mod vocab;
+pub(crate) mod vocab;
 
 use std::sync::{Arc, OnceLock};
 

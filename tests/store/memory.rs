@@ -14,6 +14,7 @@ use hotloop::{
     archive::Archive,
     backend::sim::{Pace, Sim},
     event::{Code, Done, Event, PromptReport, RerenderReason, Usage},
+    files::{BuiltIn, Files},
     item::{Body, Item, Part, RequestId, ResponseId, Role, Tenant, Tool, ToolKind},
     model::{Artifacts, Model, Models},
     render::Heads,
@@ -58,12 +59,16 @@ fn model(name: &str, artifacts: Arc<Artifacts>) -> Arc<Model> {
         artifacts,
         backend: Arc::new(sim),
         context_length: 1 << 20,
+        parameters: 0,
         output_tokens_max: 1 << 15,
     })
 }
 
 fn sim() -> Arc<Model> {
-    model("sim", Arc::new(Artifacts::embedded(None).unwrap()))
+    model(
+        "sim",
+        Arc::new(Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap()),
+    )
 }
 
 /// The same with a template that takes the reasoning of earlier answers out of the prompt.
@@ -80,7 +85,10 @@ fn strips(name: &str) -> Arc<Model> {
     ] {
         std::fs::copy(root.join(from), dir.path().join(to)).unwrap();
     }
-    model(name, Arc::new(Artifacts::load(dir.path(), None).unwrap()))
+    model(
+        name,
+        Arc::new(Artifacts::load(&Files::from(dir.path()), None).unwrap()),
+    )
 }
 
 /// A server's state over the file in this directory.

@@ -189,7 +189,7 @@ impl Family {
             .build(added.values().map(|token| token.content.as_str()));
         Self {
             name,
-            artifacts: Arc::new(Artifacts::load(directory.path(), None).expect(name)),
+            artifacts: Arc::new(Artifacts::load(&directory.path().into(), None).expect(name)),
             added: added.into_iter().collect(),
             literals: literals.expect(name),
             theirs,
@@ -206,6 +206,7 @@ impl Family {
             artifacts: self.artifacts.clone(),
             backend: backend.clone(),
             context_length,
+            parameters: 0,
             output_tokens_max: 100_000,
         };
         (Arc::new(model), backend)

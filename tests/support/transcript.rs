@@ -16,6 +16,7 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use hotloop::{
     archive::Archive,
     backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
+    files::{BuiltIn, Files},
     item::{ResponseId, Tenant, TokenLogprob},
     model::{Artifacts, Model, Models},
     proto::{
@@ -82,7 +83,8 @@ impl House {
     }
 
     pub fn built(plan: Plan) -> Self {
-        let artifacts = Arc::new(Artifacts::embedded(None).unwrap());
+        let artifacts =
+            Arc::new(Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap());
         let (sampled, samples) = mpsc::unbounded_channel();
         let (prefilled, prefills) = mpsc::unbounded_channel();
         let model = Model {
@@ -95,6 +97,7 @@ impl House {
             }),
             artifacts,
             context_length: plan.context_length,
+            parameters: 0,
             output_tokens_max: 1_000,
         };
         Self {

@@ -1,10 +1,11 @@
 //! The model's shape, from `config.json`.
 
-use std::path::Path;
+use std::io;
 
 use serde_json::Value;
 
 use super::{LoadError, kv::KvLayout};
+use crate::files::Files;
 
 /// Which architecture it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,9 +65,11 @@ pub(super) enum Scaling {
 }
 
 impl Config {
-    pub(super) fn read(dir: &Path) -> Result<Self, LoadError> {
-        let path = dir.join("config.json");
-        let text = match std::fs::read(&path) {
+    pub(super) fn read(files: &Files) -> Result<Self, LoadError> {
+        let path = files.path("config.json");
+        let missing = || io::Error::new(io::ErrorKind::NotFound, "No such file");
+        let found = files.read("config.json");
+        let text = match found.and_then(|found| found.ok_or_else(missing)) {
             Ok(text) => text,
             Err(source) => return Err(LoadError::Read { path, source }),
         };

@@ -34,8 +34,9 @@ use crate::{
 
 use super::{
     cache::{Cache, Found, Owner, Sequence},
+    guide::Guide,
     model::{Model, Piece},
-    sampler::{BadLogits, Sampled, Sampler},
+    sampler::{Sampled, Sampler},
 };
 
 /// How far a sample may be ahead of its reader, in chunks.
@@ -111,8 +112,8 @@ impl Engine {
     }
 
     /// Hands a prompt to the thread. Dropping the answer ends the work on it.
-    pub(super) fn submit(&self, prompt: Prompt, work: Work) -> Chunks {
-        match self.accept(prompt, work) {
+    pub(super) fn submit(&self, prompt: Prompt, work: Work, guide: Option<Guide>) -> Chunks {
+        match self.accept(prompt, work, guide) {
             Ok(answer) => Box::pin(answer),
             Err(reason) => {
                 let error = BackendError::Unavailable {
@@ -124,7 +125,7 @@ impl Engine {
         }
     }
 
-    fn accept(&self, prompt: Prompt, work: Work) -> Result<Answer, String> {
+    fn accept(&self, prompt: Prompt, work: Work, guide: Option<Guide>) -> Result<Answer, String> {
         if !self.works() {
             return Err(STOPPED.into());
         }
@@ -135,6 +136,7 @@ impl Engine {
         let job = Job {
             prompt,
             work,
+            guide,
             chunks,
             seat,
         };
@@ -245,6 +247,8 @@ impl Stream for Answer {
 struct Job {
     prompt: Prompt,
     work: Work,
+    /// What its sample keeps to.
+    guide: Option<Guide>,
     chunks: mpsc::Sender<Result<Chunk, BackendError>>,
     seat: Seat,
 }
@@ -506,7 +510,7 @@ impl Worker {
             && let Some(prefilling) = self.prefilling.pop_front()
         {
             let Prefilling {
-                running,
+                mut running,
                 cached,
                 mut rest,
             } = prefilling;
@@ -519,7 +523,8 @@ impl Worker {
                 Work::Sample => {
                     let sampling = running.job.prompt.sampling.clone();
                     let held = running.sequence.kv.len() + count;
-                    let sampler = Sampler::new(sampling, self.limits.context_length - held);
+                    let room = self.limits.context_length - held;
+                    let sampler = Sampler::new(sampling, room, running.job.guide.take());
                     Then::Sample {
                         sampler: Box::new(sampler),
                         cached: Some(cached),
@@ -619,9 +624,7 @@ impl Worker {
             end,
         } = match sampler.sample(logits) {
             Ok(sampled) => sampled,
-            Err(BadLogits) => {
-                return running.job.fail("the logits are not finite numbers".into());
-            }
+            Err(error) => return running.job.fail(error.to_string()),
         };
         let chunk = Chunk {
             tokens: vec![token],
@@ -674,7 +677,7 @@ mod tests {
     fn model() -> (Model, KvLayout) {
         let dir = tempfile::tempdir().unwrap();
         TinyLlama::new(Family::Qwen3, 50).write(dir.path());
-        let (config, weights) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+        let (config, weights) = Weights::open(&dir.path().into(), &Device::Cpu).unwrap();
         let model = Model::new(&config, weights, &Device::Cpu).unwrap();
         (model, config.kv_layout(8))
     }
@@ -705,6 +708,7 @@ mod tests {
             let job = Job {
                 prompt,
                 work: Work::Sample,
+                guide: None,
                 chunks,
                 seat: Seat::take(&self.accepted, 99).unwrap(),
             };
@@ -867,12 +871,12 @@ mod tests {
         );
         let engine = Engine::start(model, cache, LIMITS).unwrap();
         assert!(engine.works());
-        let answers = [0, 1].map(|_| engine.submit(prompt(0..5, 9), Work::Sample));
+        let answers = [0, 1].map(|_| engine.submit(prompt(0..5, 9), Work::Sample, None));
         for answer in answers {
             assert!(read(answer).is_err());
         }
         assert!(!engine.works());
-        let refused = read(engine.submit(prompt(0..5, 9), Work::Sample));
+        let refused = read(engine.submit(prompt(0..5, 9), Work::Sample, None));
         assert_eq!(
             refused.unwrap_err(),
             BackendError::Unavailable {

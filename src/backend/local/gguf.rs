@@ -151,6 +151,12 @@ impl Gguf {
         self.content.tensor_infos.values().map(of).sum()
     }
 
+    /// How many numbers all tensors hold.
+    pub(super) fn parameters(&self) -> u64 {
+        let infos = self.content.tensor_infos.values();
+        infos.map(|info| info.shape.elem_count() as u64).sum()
+    }
+
     /// The tensor in 32-bit floats.
     pub(super) fn take(
         &mut self,
@@ -346,7 +352,7 @@ mod tests {
     }
 
     fn logits(dir: &Path) -> Vec<f32> {
-        let (config, weights) = Weights::open(dir, &Device::Cpu).unwrap();
+        let (config, weights) = Weights::open(&dir.into(), &Device::Cpu).unwrap();
         let model = Model::new(&config, weights, &Device::Cpu).unwrap();
         let mut kv = Pool::new(config.kv_layout(8), &Device::Cpu).empty();
         let tokens: Vec<u32> = (0..60).map(|at| (at * at + 7 * at + 3) % 64).collect();
@@ -388,7 +394,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let error = || match Weights::open(dir.path(), &Device::Cpu) {
+        let error = || match Weights::open(&dir.path().into(), &Device::Cpu) {
             Ok(_) => panic!("opens"),
             Err(error) => error,
         };

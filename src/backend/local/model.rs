@@ -526,7 +526,7 @@ mod tests {
     }
 
     fn read(dir: &Path) -> (Model, Pool) {
-        let (config, weights) = Weights::open(dir, &Device::Cpu).unwrap();
+        let (config, weights) = Weights::open(&dir.into(), &Device::Cpu).unwrap();
         let model = Model::new(&config, weights, &Device::Cpu).unwrap();
         (model, Pool::new(config.kv_layout(8), &Device::Cpu))
     }

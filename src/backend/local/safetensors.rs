@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::LoadError;
+use crate::files::Files;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -38,7 +39,13 @@ struct Entry {
 
 struct Shard {
     path: PathBuf,
-    file: File,
+    data: Data,
+}
+
+/// The bytes of a file.
+enum Data {
+    File(File),
+    BuiltIn(&'static [u8]),
 }
 
 #[derive(Deserialize)]
@@ -57,24 +64,18 @@ struct View {
 
 impl Safetensors {
     /// Reads what the files say of their tensors, and none of these yet. They are for `device`.
-    pub(super) fn open(dir: &Path, device: &Device) -> Result<Self, LoadError> {
+    pub(super) fn open(files: &Files, device: &Device) -> Result<Self, LoadError> {
         let mut tensors = HashMap::new();
-        for path in files(dir)? {
-            let shard = File::open(&path).and_then(|mut file| {
-                let entries = header(&mut file)?;
-                Ok((file, entries))
-            });
-            match shard {
-                Ok((file, (data, entries))) => {
-                    let file = Arc::new(Shard { path, file });
-                    tensors.extend(
-                        entries
-                            .into_iter()
-                            .map(|(name, view)| (name, Entry::new(&file, data, view))),
-                    );
-                }
-                Err(source) => return Err(LoadError::Weights { path, source }),
-            }
+        for shard in shards(files)? {
+            let (first, views) = shard.data.header().map_err(|source| LoadError::Weights {
+                path: shard.path.clone(),
+                source,
+            })?;
+            let shard = Arc::new(shard);
+            let entries = views
+                .into_iter()
+                .map(|(name, view)| (name, Entry::new(&shard, first, view)));
+            tensors.extend(entries);
         }
         Ok(Self {
             tensors,
@@ -82,10 +83,15 @@ impl Safetensors {
         })
     }
 
+    /// How many numbers all tensors hold.
+    pub(super) fn parameters(&self) -> u64 {
+        let floats = |entry: &Entry| entry.shape.iter().map(|size| *size as u64).product::<u64>();
+        self.tensors.values().map(floats).sum()
+    }
+
     /// What all tensors take in 32-bit floats.
     pub(super) fn bytes(&self) -> u64 {
-        let floats = |entry: &Entry| entry.shape.iter().map(|size| *size as u64).product::<u64>();
-        size_of::<f32>() as u64 * self.tensors.values().map(floats).sum::<u64>()
+        size_of::<f32>() as u64 * self.parameters()
     }
 
     /// The tensor in 32-bit floats.
@@ -145,56 +151,103 @@ impl Entry {
         if self.len_bytes != size_bytes * self.shape.iter().product::<usize>() {
             return Err(invalid("a tensor's size is not that of its shape"));
         }
-        let mut file = &self.file.file;
         let mut bytes = vec![0; self.len_bytes];
-        file.seek(SeekFrom::Start(self.first_byte))?;
-        file.read_exact(&mut bytes)?;
+        self.file.data.read(self.first_byte, &mut bytes)?;
         Ok(bytes)
     }
 }
 
-/// Where the data begins, and what the file says of its tensors.
-fn header(file: &mut File) -> io::Result<(u64, Vec<(String, View)>)> {
-    let len_file = file.metadata()?.len();
-    let mut len = [0; 8];
-    file.read_exact(&mut len)?;
-    let len = u64::from_le_bytes(len);
-    if len > HEADER_BYTES_MAX.min(len_file) {
-        return Err(invalid("its header is longer than it may be"));
-    }
-    let mut text = vec![0; len as usize];
-    file.read_exact(&mut text)?;
-    let header: HashMap<String, Value> = serde_json::from_slice(&text)?;
-    let data = 8 + len;
-    let mut views = Vec::new();
-    for (name, view) in header {
-        if name == "__metadata__" {
-            continue;
+impl Data {
+    /// Fills `bytes` from this place of the file on.
+    fn read(&self, first: u64, bytes: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::File(file) => {
+                let mut file = file;
+                file.seek(SeekFrom::Start(first))?;
+                file.read_exact(bytes)
+            }
+            Self::BuiltIn(all) => {
+                let mut rest = all.get(first as usize..).unwrap_or_default();
+                rest.read_exact(bytes)
+            }
         }
-        let view: View = serde_json::from_value(view)?;
-        let [first, end] = view.data_offsets;
-        if first > end || end > len_file - data {
-            return Err(invalid("a tensor reaches beyond its end"));
-        }
-        views.push((name, view));
     }
-    Ok((data, views))
+
+    fn len(&self) -> io::Result<u64> {
+        match self {
+            Self::File(file) => Ok(file.metadata()?.len()),
+            Self::BuiltIn(all) => Ok(all.len() as u64),
+        }
+    }
+
+    /// Where the data begins, and what the file says of its tensors.
+    fn header(&self) -> io::Result<(u64, Vec<(String, View)>)> {
+        let len_file = self.len()?;
+        let mut len = [0; 8];
+        self.read(0, &mut len)?;
+        let len = u64::from_le_bytes(len);
+        if len > HEADER_BYTES_MAX.min(len_file) {
+            return Err(invalid("its header is longer than it may be"));
+        }
+        let mut text = vec![0; len as usize];
+        self.read(8, &mut text)?;
+        let header: HashMap<String, Value> = serde_json::from_slice(&text)?;
+        let data = 8 + len;
+        let mut views = Vec::new();
+        for (name, view) in header {
+            if name == "__metadata__" {
+                continue;
+            }
+            let view: View = serde_json::from_value(view)?;
+            let [first, end] = view.data_offsets;
+            if first > end || end > len_file - data {
+                return Err(invalid("a tensor reaches beyond its end"));
+            }
+            views.push((name, view));
+        }
+        Ok((data, views))
+    }
 }
 
 fn invalid(reason: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
 
-/// The files that hold the model: the one with the usual name, those that the index names, or
-/// all that are there.
-fn files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+/// The files that hold the model.
+fn shards(files: &Files) -> Result<Vec<Shard>, LoadError> {
+    match files {
+        Files::Directory(dir) => paths(dir)?
+            .into_iter()
+            .map(|path| match File::open(&path) {
+                Ok(file) => Ok(Shard {
+                    path,
+                    data: Data::File(file),
+                }),
+                Err(source) => Err(LoadError::Read { path, source }),
+            })
+            .collect(),
+        Files::BuiltIn(model) => {
+            let path = files.path(SINGLE);
+            match model.bytes(SINGLE) {
+                Some(bytes) => Ok(vec![Shard {
+                    path,
+                    data: Data::BuiltIn(bytes),
+                }]),
+                None => Err(LoadError::NoWeights { path }),
+            }
+        }
+    }
+}
+
+/// The one with the usual name, those that the index names, or all that are there.
+fn paths(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let single = dir.join(SINGLE);
     if single.is_file() {
         return Ok(vec![single]);
     }
     let index = dir.join(INDEX);
     if index.is_file() {
-        return shards(dir, index);
+        return indexed(dir, index);
     }
     let entries = std::fs::read_dir(dir).map_err(|source| LoadError::Read {
         path: dir.into(),
@@ -210,7 +263,7 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(files.into_iter().collect())
 }
 
-fn shards(dir: &Path, path: PathBuf) -> Result<Vec<PathBuf>, LoadError> {
+fn indexed(dir: &Path, path: PathBuf) -> Result<Vec<PathBuf>, LoadError> {
     let bytes = std::fs::read(&path).map_err(|source| LoadError::Read {
         path: path.clone(),
         source,

@@ -4,6 +4,7 @@ use std::{cmp::Ordering, collections::BTreeMap};
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
+use super::guide::{Guide, Stuck};
 use crate::{
     backend::{SampleEnd, Sampling},
     item::TokenLogprob,
@@ -16,6 +17,7 @@ pub(super) struct Sampler {
     tokens_left: usize,
     sampled: BTreeMap<u32, u32>,
     random: StdRng,
+    guide: Option<Guide>,
 }
 
 /// A sampled token.
@@ -27,14 +29,23 @@ pub(super) struct Sampled {
     pub(super) end: Option<SampleEnd>,
 }
 
-/// The logits are not numbers to choose by: one is NaN, or the largest is infinite.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct BadLogits;
+/// Why no token can be chosen.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum SampleError {
+    /// The logits are not numbers to choose by: one is NaN, or the largest is infinite.
+    #[error("the logits are not finite numbers")]
+    BadLogits,
+    /// There is none that keeps to the grammar.
+    #[error(transparent)]
+    Stuck(#[from] Stuck),
+}
 
 impl Sampler {
-    /// At most `tokens_max` tokens are sampled, and at most what the sampling says.
-    pub(super) fn new(sampling: Sampling, tokens_max: usize) -> Self {
+    /// At most `tokens_max` tokens are sampled, and at most what the sampling says. All keep to
+    /// the guide.
+    pub(super) fn new(sampling: Sampling, tokens_max: usize, guide: Option<Guide>) -> Self {
         Self {
+            guide,
             tokens_left: tokens_max.min(sampling.max_tokens as usize),
             random: StdRng::seed_from_u64(sampling.seed),
             sampled: BTreeMap::new(),
@@ -44,11 +55,15 @@ impl Sampler {
 
     /// Chooses a token. Log probabilities are those of the model, whatever the sampling does to
     /// its logits.
-    pub(super) fn sample(&mut self, logits: &[f32]) -> Result<Sampled, BadLogits> {
-        let adjusted = self.adjusted(logits);
+    pub(super) fn sample(&mut self, logits: &[f32]) -> Result<Sampled, SampleError> {
+        let mut adjusted = self.adjusted(logits);
+        // After bias and penalties: nothing allows what the grammar forbids.
+        if let Some(guide) = &mut self.guide {
+            guide.mask(&mut adjusted)?;
+        }
         for logits in [logits, &adjusted] {
             if logits.iter().any(|logit| logit.is_nan()) || !max(logits).is_finite() {
-                return Err(BadLogits);
+                return Err(SampleError::BadLogits);
             }
         }
         let token = match self.sampling.temperature {
@@ -68,6 +83,9 @@ impl Sampler {
         } else {
             None
         };
+        if let Some(guide) = self.guide.as_mut().filter(|_| end.is_none()) {
+            guide.advance(token)?;
+        }
         let top = self.sampling.top_logprobs;
         Ok(Sampled {
             token,
@@ -235,7 +253,7 @@ mod tests {
             max_tokens: u32::MAX,
             ..sampling.clone()
         };
-        let mut sampler = Sampler::new(sampling, usize::MAX);
+        let mut sampler = Sampler::new(sampling, usize::MAX, None);
         let mut draw = || sampler.sample(logits).unwrap().token;
         (0..count).map(|_| draw()).collect()
     }
@@ -332,7 +350,7 @@ mod tests {
             logit_bias: [(0, 100.0)].into(),
             ..sampling(0.0)
         };
-        let sampled = Sampler::new(sampling, 9).sample(&logits).unwrap();
+        let sampled = Sampler::new(sampling, 9, None).sample(&logits).unwrap();
         let logprob = sampled.logprob.unwrap();
         let near = |found: f32, share: f32| (found - share.ln()).abs() < 1e-5;
         assert!(logprob.token == 0 && near(logprob.logprob, 0.1));
@@ -345,7 +363,7 @@ mod tests {
     #[test]
     fn a_sample_ends_at_an_end_token_or_when_its_tokens_are_used_up() {
         let ends = |sampling: Sampling, tokens_max, logits: &[f32]| {
-            let mut sampler = Sampler::new(sampling, tokens_max);
+            let mut sampler = Sampler::new(sampling, tokens_max, None);
             [(); 2].map(|()| sampler.sample(logits).unwrap().end)
         };
         let stops = Sampling {
@@ -361,8 +379,8 @@ mod tests {
     #[test]
     fn what_is_no_number_is_refused() {
         for bad in [f32::NAN, f32::INFINITY] {
-            let sampled = Sampler::new(sampling(1.0), 9).sample(&[0.0, bad, 1.0]);
-            assert_eq!(sampled, Err(BadLogits));
+            let sampled = Sampler::new(sampling(1.0), 9, None).sample(&[0.0, bad, 1.0]);
+            assert_eq!(sampled, Err(SampleError::BadLogits));
         }
         let never = draws(&sampling(1.0), &[f32::NEG_INFINITY, 0.0], 50);
         assert_eq!(distinct(never), [1]);

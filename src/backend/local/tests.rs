@@ -67,6 +67,7 @@ pub(super) fn greedy(max_tokens: u32) -> Sampling {
         frequency_penalty: 0.0,
         logit_bias: Arc::default(),
         top_logprobs: None,
+        grammar: None,
         tools: Arc::default(),
     }
 }
@@ -152,7 +153,7 @@ fn the_cache_changes_no_answer() {
             Local::load(dir.path(), options).unwrap()
         };
         let block = {
-            let (config, _) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+            let (config, _) = Weights::open(&dir.path().into(), &Device::Cpu).unwrap();
             Pool::new(config.kv_layout(BLOCK_TOKENS), &Device::Cpu).block_bytes()
         };
         let cold = load(0);
@@ -551,7 +552,7 @@ fn what_does_not_load_is_named() {
         error().to_string(),
         "tensor model.embed_tokens.weight is of type u8, which is not one of f32, f16, bf16"
     );
-    let (_, weights) = Weights::open(dir.path(), &Device::Cpu).unwrap();
+    let (_, weights) = Weights::open(&dir.path().into(), &Device::Cpu).unwrap();
     assert!(weights.fit(None).is_ok());
     assert_eq!(
         weights.fit(Some(5)).unwrap_err().to_string(),

@@ -1,10 +1,9 @@
 //! A model's tensors, from whichever files it has.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor, quantized::QMatMul};
 
 use super::{LoadError, config::Config, gguf::Gguf, safetensors::Safetensors};
+use crate::files::Files;
 
 /// A model's tensors. Asked for by the names that they have in safetensors.
 pub(super) enum Weights {
@@ -14,13 +13,22 @@ pub(super) enum Weights {
 
 impl Weights {
     /// The model's shape, and its tensors, of which none is read yet. They are for `device`.
-    pub(super) fn open(dir: &Path, device: &Device) -> Result<(Config, Self), LoadError> {
-        match Gguf::find(dir, device)? {
-            Some(mut gguf) => Ok((gguf.config()?, Self::Gguf(gguf))),
-            None => {
-                let config = Config::read(dir)?;
-                Ok((config, Self::Safetensors(Safetensors::open(dir, device)?)))
-            }
+    pub(super) fn open(files: &Files, device: &Device) -> Result<(Config, Self), LoadError> {
+        if let Files::Directory(dir) = files
+            && let Some(mut gguf) = Gguf::find(dir, device)?
+        {
+            return Ok((gguf.config()?, Self::Gguf(gguf)));
+        }
+        let config = Config::read(files)?;
+        let tensors = Safetensors::open(files, device)?;
+        Ok((config, Self::Safetensors(tensors)))
+    }
+
+    /// How many numbers the tensors hold.
+    pub(super) fn parameters(&self) -> u64 {
+        match self {
+            Self::Safetensors(tensors) => tensors.parameters(),
+            Self::Gguf(file) => file.parameters(),
         }
     }
 
