@@ -557,6 +557,29 @@ async fn chained_collects_the_outputs_into_the_next_create() {
 }
 
 #[tokio::test]
+async fn a_call_that_was_broken_off_is_none() {
+    let dir = dir();
+    let mut server = Scripted::start().await;
+    let args = args(&server.url, dir.path(), &[]);
+    let script = async {
+        let mut peer = server.stream().await;
+        peer.create().await;
+        peer.created("resp_1").await;
+        let mut broken = call("c1", "read_file", r#"{"path": "#);
+        broken.set_status(proto::ItemStatus::Incomplete);
+        peer.item(broken).await;
+        peer.text("I meant to read.").await;
+        peer.completes(1).await;
+    };
+    let (ended, _) = play(args, script).await;
+    let summary = ended.unwrap();
+    assert_eq!(
+        (summary.outcome, summary.tool_calls),
+        (Outcome::Completed, 0)
+    );
+}
+
+#[tokio::test]
 async fn what_is_safe_to_send_again_is_sent_again() {
     let dir = dir();
     let mut server = Scripted::start().await;

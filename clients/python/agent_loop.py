@@ -34,6 +34,8 @@ def run(stub, task, held, metadata=()):
         if event == "output_text_delta":
             print(message.output_text_delta.delta, end="", flush=True)
         elif event == "output_item_done" and message.output_item_done.item.HasField("function_call"):
+            if message.output_item_done.item.status == items.ITEM_STATUS_INCOMPLETE:
+                continue  # what began like a call and is none; it comes as text
             call = message.output_item_done.item.function_call  # whole: it can run now
             output = items.Item(function_call_output=items.FunctionCallOutput(
                 call_id=call.call_id, output=read_file(call.arguments)))

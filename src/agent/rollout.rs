@@ -40,7 +40,7 @@ use super::{
 };
 use crate::proto::{
     Append, Cancel, ConnectResponse, Create, CustomToolCallOutput, Done, Error, Finish,
-    FunctionCallOutput, IncompleteReason, Item, ResponseStatus, SampleReport, Usage,
+    FunctionCallOutput, IncompleteReason, Item, ItemStatus, ResponseStatus, SampleReport, Usage,
     connect_request::Command, connect_response::Event, item,
 };
 
@@ -586,6 +586,10 @@ impl<W: Write> Rollout<W> {
             )
             | None => None,
         };
+        // What began like a call and is none: what was written of it comes as text.
+        if call.is_some() && item.status() == ItemStatus::Incomplete {
+            return;
+        }
         self.round.items.push(item);
         if let Some(open) = &mut self.open {
             open.has_items = true;

@@ -392,7 +392,10 @@ def train(rank, options, meeting):
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chat = Chat(HOME / "chat_template.jinja")
-    tokenizer = train_tokenizer(chat, options.vocab, options.seed)
+    if options.resume:
+        tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(chat, options.vocab, options.seed)
     config = Config(tokenizer.get_vocab_size())
     model = Llama(config).to(device)
     matrices = [weight for name, weight in model.named_parameters() if "proj" in name]

@@ -381,6 +381,8 @@ class World:
 
     def entries(self, low, high, *also):
         names = set(also)
+        if self.chance(0.35):
+            names |= set(self.rng.sample(["README.md", "Cargo.toml", "package.json", "README.txt"], self.rng.randint(1, 2)))
         for _ in range(self.upto(low, high)):
             kind = self.rng.random()
             if kind < 0.3:
@@ -791,7 +793,7 @@ def what_is_this(w, r):
     r.user(phrase(w, ask))
     readme = w.rng.choice(READMES) if w.chance(0.8) else None
     also = [name for name in (readme, w.rng.choice(MANIFESTS) if w.chance(0.5) else None) if name]
-    names = w.entries(1, 16, *also)
+    names = [n for n in w.entries(1, 16, *also) if n in also or n not in READMES]
     r.call(("list_dir", {"path": "."}, w.listing(names)))
     if readme is None:
         r.answer(f"This folder has:\n{listed(names)}")
