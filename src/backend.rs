@@ -13,6 +13,7 @@ pub mod local;
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, future::BoxFuture};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     item::{Item, ResponseId, Tenant, TokenLogprob},
@@ -142,6 +143,21 @@ pub enum SampleEnd {
     Stop,
     /// `max_tokens` were sampled.
     Length,
+}
+
+/// What a model in this process computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// The accelerator that the program was built for, if there is one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first NVIDIA GPU. For programs built with the feature `cuda`.
+    Cuda,
+    /// The first Apple GPU. For programs built with the feature `metal`.
+    Metal,
 }
 
 /// Why samples cannot keep to a grammar.

@@ -14,7 +14,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::auth::{self, Gate, GateError, Keys, KeysError};
+use crate::{
+    auth::{self, Gate, GateError, Keys, KeysError},
+    backend::DeviceChoice,
+};
 use serde::{Deserialize, Serialize};
 
 mod check;
@@ -308,23 +311,8 @@ pub enum Engine {
         /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
         cache_bytes_max: Option<u64>,
         /// What it computes on.
-        device: Device,
+        device: DeviceChoice,
     },
-}
-
-/// What a local model computes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// The accelerator that the program was built for, if there is one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-    /// An Apple GPU.
-    Metal,
 }
 
 impl Model {
@@ -353,7 +341,7 @@ impl Model {
             let tiny = Engine::Local {
                 path: None,
                 cache_bytes_max: None,
-                device: Device::default(),
+                device: DeviceChoice::default(),
             };
             models.push(model("tiny-agent", tiny));
         }
@@ -390,7 +378,7 @@ impl Model {
             engine: Engine::Local {
                 path: Some(path.into()),
                 cache_bytes_max: None,
-                device: Device::default(),
+                device: DeviceChoice::default(),
             },
         })
     }

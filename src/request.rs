@@ -279,6 +279,11 @@ impl Settings {
         }
     }
 
+    /// The tools that may be called.
+    pub fn callable(&self) -> impl Iterator<Item = &Tool> {
+        self.tools().iter().filter(|tool| self.may_call(tool))
+    }
+
     /// Whether the two render the same prompt from the same items.
     #[must_use]
     pub fn renders_like(&self, other: &Self) -> bool {

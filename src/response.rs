@@ -609,12 +609,7 @@ impl Open {
     pub fn prompt(&self) -> Prompt {
         let settings = &self.settings;
         let defaults = &self.model.artifacts.sampling;
-        let tools = settings
-            .tools()
-            .iter()
-            .filter(|tool| settings.may_call(tool))
-            .map(|tool| tool.name.clone())
-            .collect();
+        let tools = settings.callable().map(|tool| tool.name.clone()).collect();
         Prompt {
             response_id: self.id.clone(),
             tenant: self.tenant.clone(),

@@ -35,15 +35,13 @@ use std::{path::PathBuf, sync::Arc};
 
 use futures::{StreamExt as _, future::BoxFuture, stream};
 
-use super::{Backend, BackendError, Capabilities, Chunks, Prompt, Ungrammatical};
+use super::{Backend, BackendError, Capabilities, Chunks, DeviceChoice, Prompt, Ungrammatical};
 use crate::{
     files::Files,
     item::Tenant,
     parse::Grammar,
     tokenizer::{TokenId, Tokenizer},
 };
-
-pub use device::DeviceChoice;
 
 use cache::Cache;
 use engine::{Engine, Limits, Work};

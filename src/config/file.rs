@@ -8,7 +8,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Config, ConfigError, Device, Engine};
+use super::{Config, ConfigError, DeviceChoice, Engine};
 
 pub(super) const TOKENS_PER_SECOND: f64 = 200.0;
 pub(super) const FIRST_TOKEN_MS: u64 = 50;
@@ -148,7 +148,7 @@ pub(super) struct Model {
     tokens_per_second: Option<f64>,
     first_token_ms: Option<u64>,
     cache_bytes_max: Option<u64>,
-    device: Option<Device>,
+    device: Option<DeviceChoice>,
 }
 
 #[derive(Clone, Copy, Serialize, Deserialize)]

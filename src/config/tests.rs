@@ -286,7 +286,7 @@ fn models_are_read_and_exactly_one_is_the_default() {
         engine: Engine::Local {
             path: Some(directory.join("models/qwen")),
             cache_bytes_max: Some(1 << 20),
-            device: Device::Cpu,
+            device: DeviceChoice::Cpu,
         },
     };
     let sim = Model {

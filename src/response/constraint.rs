@@ -11,6 +11,9 @@ use crate::{
     request::{Settings, TextFormat},
 };
 
+/// The field that asks for a format of the text.
+const TEXT: &str = "create.text";
+
 /// The schema of any JSON object, which the arguments of every call are.
 const ANY_OBJECT: &str = r#"{"type": "object"}"#;
 
@@ -37,18 +40,12 @@ pub(super) fn grammar(
         Some(TextFormat::JsonSchema { strict: false, .. }) => Some(ANY_JSON.into()),
         Some(TextFormat::JsonSchema { schema, .. }) => Some(schema.clone()),
     };
-    let callable = || {
-        settings
-            .tools()
-            .iter()
-            .filter(|tool| settings.may_call(tool))
-    };
-    let strict = callable().any(is_strict);
+    let strict = settings.callable().any(is_strict);
     if json.is_none() && !strict && !settings.requires_call() {
         return Ok(None);
     }
     let calls = Calls {
-        tools: callable().map(arguments).collect(),
+        tools: settings.callable().map(arguments).collect(),
         required: settings.requires_call(),
         parallel: settings.parallel_tool_calls.unwrap_or(true),
     };
@@ -70,9 +67,8 @@ pub(super) fn grammar(
     grammar.map(Some).map_err(|error| {
         let field = match error {
             NoGrammar::NoCalls | NoGrammar::NoMarkers => calls_field(settings),
-            NoGrammar::JsonBesideCalls => None,
+            NoGrammar::JsonBesideCalls => TEXT.to_owned(),
         };
-        let field = field.unwrap_or_else(|| "create.text".to_owned());
         Error::invalid(field, error.to_string())
     })
 }
@@ -93,25 +89,23 @@ pub(super) fn refused(settings: &Settings, error: &Ungrammatical) -> Error {
         ToolKind::Custom => false,
     });
     let field = match of_tool {
-        _ if of_text => Some("create.text.json_schema.schema".to_owned()),
-        Some(index) => Some(format!("create.tools[{index}].function.parameters")),
+        _ if of_text => "create.text.json_schema.schema".to_owned(),
+        Some(index) => format!("create.tools[{index}].function.parameters"),
         None => calls_field(settings),
     };
-    let field = field.unwrap_or_else(|| "create.text".to_owned());
     Error::invalid(field, error.to_string())
 }
 
-/// The field that asks for something of calls.
-fn calls_field(settings: &Settings) -> Option<String> {
+/// The field that asks for something of calls; that of the text where none does.
+fn calls_field(settings: &Settings) -> String {
     let strict = settings
         .tools()
         .iter()
         .position(|tool| is_strict(tool) && settings.may_call(tool));
     match strict {
-        Some(index) => Some(format!("create.tools[{index}].function.strict")),
-        None => settings
-            .requires_call()
-            .then(|| "create.tool_choice".to_owned()),
+        Some(index) => format!("create.tools[{index}].function.strict"),
+        None if settings.requires_call() => "create.tool_choice".to_owned(),
+        None => TEXT.to_owned(),
     }
 }
 

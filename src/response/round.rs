@@ -135,11 +135,8 @@ impl Round {
         let artifacts = &model.artifacts;
         let settings = &open.settings;
         let tools = settings.tools.clone().unwrap_or_default();
-        let callable = tools
-            .iter()
-            .filter(|tool| settings.may_call(tool))
-            .map(|tool| tool.name.to_string())
-            .collect();
+        let callable = settings.callable().map(|tool| tool.name.to_string());
+        let callable = callable.collect();
         let tokenizer = &artifacts.tokenizer;
         let parser = artifacts.family.parser(ParserOptions {
             in_reasoning: artifacts

@@ -12,7 +12,7 @@ use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
     backend::{
-        Backend,
+        Backend, DeviceChoice,
         router::Router,
         sim::{Pace, Sim},
     },
@@ -158,7 +158,7 @@ fn load(config: &Config, model: &config::Model, cache: &ArtifactsCache) -> Resul
         backend,
         context_length,
         parameters,
-    } = sampler(config, model, &artifacts)?;
+    } = sampler(config, model, &files, &artifacts)?;
     let appends = artifacts.appends;
     if !appends.tool_outputs {
         tracing::warn!(
@@ -205,6 +205,7 @@ struct Sampler {
 fn sampler(
     config: &Config,
     model: &config::Model,
+    files: &Files,
     artifacts: &Arc<Artifacts>,
 ) -> Result<Sampler, String> {
     match &model.engine {
@@ -236,7 +237,7 @@ fn sampler(
             ..
         } => local(
             model,
-            &files(&model.engine)?,
+            files,
             cache_bytes_max.unwrap_or_else(|| config.unclaimed_cache_bytes()),
             *device,
             artifacts,
@@ -260,19 +261,14 @@ fn local(
     model: &config::Model,
     files: &Files,
     cache_bytes_max: u64,
-    device: config::Device,
+    device: DeviceChoice,
     artifacts: &Artifacts,
 ) -> Result<Sampler, String> {
-    use crate::backend::local::{DeviceChoice, Local, LocalOptions};
+    use crate::backend::local::{Local, LocalOptions};
 
     let name: Arc<str> = model.name.as_str().into();
     let options = LocalOptions {
-        device: match device {
-            config::Device::Auto => DeviceChoice::Auto,
-            config::Device::Cpu => DeviceChoice::Cpu,
-            config::Device::Cuda => DeviceChoice::Cuda,
-            config::Device::Metal => DeviceChoice::Metal,
-        },
+        device,
         cache_bytes_max: usize::try_from(cache_bytes_max).unwrap_or(usize::MAX),
         context_length: model.context_length,
         ..LocalOptions::new(name)
@@ -306,7 +302,7 @@ fn local(
     _: &config::Model,
     _: &Files,
     _: u64,
-    _: config::Device,
+    _: DeviceChoice,
     _: &Artifacts,
 ) -> Result<Sampler, String> {
     Err(WITHOUT_LOCAL.to_owned())

@@ -228,20 +228,14 @@ class World:
         return self.rng.choice(FOLDERS) + "/" + self.word()
 
     def file(self, extension=None):
-        name = f"{self.stem()}.{extension or self.rng.choice(EXTENSIONS)}"
-        return name
+        return f"{self.stem()}.{extension or self.rng.choice(EXTENSIONS)}"
 
     def path(self, extension=None):
         name = self.file(extension)
         return name if self.chance(0.5) else f"{self.folder()}/{name}"
 
-    def paths(self, count, extension=None):
-        found = []
-        while len(found) < count:
-            path = self.path(extension)
-            if path not in found:
-                found.append(path)
-        return found
+    def paths(self, count):
+        return self.values(count, self.path)
 
     def number(self):
         kind = self.rng.random()
@@ -402,6 +396,11 @@ def shown(lines, more=0):
     return text
 
 
+def read(path, output):
+    """A call that reads the beginning of a file."""
+    return ("read_file", {"path": path, "lines": LINES}, output)
+
+
 def quoted(w, text):
     return w.pick(text, text, text, f"`{text}`", f'"{text}"', f"'{text}'")
 
@@ -480,20 +479,20 @@ def read_text(w, r):
     r.user(phrase(w, ask))
     kind = w.rng.random()
     if kind < 0.06:
-        r.call(("read_file", {"path": path, "lines": LINES}, "error: No such file or directory (os error 2)"))
+        r.call(read(path, "error: No such file or directory (os error 2)"))
         r.answer(f"I could not read {path}: No such file or directory.")
         return
     if kind < 0.09:
-        r.call(("read_file", {"path": path, "lines": LINES}, "error: this is not a text file"))
+        r.call(read(path, "error: this is not a text file"))
         r.answer(f"I could not read {path}: this is not a text file.")
         return
     if kind < 0.12:
-        r.call(("read_file", {"path": path, "lines": LINES}, ""))
+        r.call(read(path, ""))
         r.answer(f"{path} is empty.")
         return
     lines = w.text()
     more = w.rng.randint(1, 900) if w.chance(0.2) else 0
-    r.call(("read_file", {"path": path, "lines": LINES}, shown(lines, more)))
+    r.call(read(path, shown(lines, more)))
     r.answer(begins(path, lines))
 
 
@@ -531,7 +530,7 @@ def read_value(w, r):
         key = w.rng.choice([k for k in KEYS if all(k not in other for other, _ in pairs)])
     r.user(phrase(w, asks_value(w, key, quoted(w, path))))
     more = w.rng.randint(1, 300) if w.chance(0.15) else 0
-    r.call(("read_file", {"path": path, "lines": LINES}, shown(lines, more)))
+    r.call(read(path, shown(lines, more)))
     r.answer(f"{path} has no {key}." if missing else f"The {key} in {path} is {value}.")
 
 
@@ -554,7 +553,7 @@ def read_values(w, r):
     for path, value in zip(paths, values):
         pairs = [pair for pair in w.pairs(0, 4) if pair[0] != key]
         pairs.insert(w.rng.randint(0, len(pairs)), (key, value))
-        calls.append(("read_file", {"path": path, "lines": LINES}, shown(w.settings(pairs))))
+        calls.append(read(path, shown(w.settings(pairs))))
     r.call(*calls, shuffled=w.rng if w.chance(0.3) else None)
     r.answer("\n".join(f"The {key} in {path} is {value}." for path, value in zip(paths, values)))
 
@@ -574,7 +573,7 @@ def read_both(w, r):
     r.user(phrase(w, ask))
     texts = [w.text(1, 4) for _ in paths]
     r.call(
-        *(("read_file", {"path": path, "lines": LINES}, shown(lines)) for path, lines in zip(paths, texts)),
+        *(read(path, shown(lines)) for path, lines in zip(paths, texts)),
         shuffled=w.rng if w.chance(0.3) else None,
     )
     r.answer("\n".join(begins(path, lines) for path, lines in zip(paths, texts)))
@@ -640,7 +639,7 @@ def search_then_read(w, r):
     place = w.rng.randint(0, len(lines))
     lines.insert(place, line)
     r.call(("search", {"pattern": pattern}, f"{path}:{place + 1}: {line}\n"))
-    r.call(("read_file", {"path": path, "lines": LINES}, shown(lines)))
+    r.call(read(path, shown(lines)))
     r.answer(f"The {key} in {path} is {value}.")
 
 
@@ -660,7 +659,7 @@ def follow_files(w, r):
         line = f"{link}: {after}" if after else f"{key}: {value}"
         around = [w.line() for _ in range(w.rng.choice((0, 0, 0, 1)))]
         lines = around + [line]
-        r.call(("read_file", {"path": path, "lines": LINES}, shown(lines)))
+        r.call(read(path, shown(lines)))
     r.answer(f"The {key} in {paths[-1]} is {value}.")
 
 
@@ -696,7 +695,7 @@ def copy_value(w, r):
         f"Take the {key} from {a} and save it in {b}",
     )
     r.user(phrase(w, ask))
-    r.call(("read_file", {"path": path, "lines": LINES}, shown(w.settings(pairs))))
+    r.call(read(path, shown(w.settings(pairs))))
     wrote = f"created {target} ({len(value)} bytes)\n"
     r.call(("write_file", {"path": target, "content": value}, wrote), said=f"The {key} in {path} is {value}.")
     r.answer(f"I wrote {target}.")
@@ -764,7 +763,7 @@ def find_in_folder(w, r):
         answer = begins(path, lines)
     r.user(phrase(w, ask))
     r.call(("list_dir", {"path": folder}, w.listing(names)))
-    r.call(("read_file", {"path": path, "lines": LINES}, shown(lines)))
+    r.call(read(path, shown(lines)))
     r.answer(answer)
 
 
@@ -800,7 +799,7 @@ def what_is_this(w, r):
         return
     lines = w.text(1, 9)
     more = w.rng.randint(1, 400) if w.chance(0.3) else 0
-    r.call(("read_file", {"path": readme, "lines": LINES}, shown(lines, more)))
+    r.call(read(readme, shown(lines, more)))
     r.answer(begins(readme, lines))
 
 
@@ -823,7 +822,7 @@ def project_value(w, r):
     names = [n for n in w.entries(1, 14, manifest) if n == manifest or n not in MANIFESTS]
     r.call(("list_dir", {"path": "."}, w.listing(names)))
     lines = w.settings(pairs, 0 if manifest == "package.json" else 1)
-    r.call(("read_file", {"path": manifest, "lines": LINES}, shown(lines)))
+    r.call(read(manifest, shown(lines)))
     r.answer(f"The {key} in {manifest} is {value}.")
 
 

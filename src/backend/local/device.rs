@@ -5,20 +5,7 @@ use std::{fs, panic::catch_unwind};
 use candle_core::{Device, Result, utils};
 
 use super::LoadError;
-
-/// What a model computes on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DeviceChoice {
-    /// The accelerator that the program was built for, if there is one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The first NVIDIA GPU. For programs built with the feature `cuda`.
-    Cuda,
-    /// The first Apple GPU. For programs built with the feature `metal`.
-    Metal,
-}
+use crate::backend::DeviceChoice;
 
 impl DeviceChoice {
     /// The device, or why it cannot be had.

@@ -1,7 +1,6 @@
 //! A model from a GGUF file, its numbers kept quantised.
 
 use std::{
-    collections::BTreeSet,
     fs::File,
     io::BufReader,
     path::{Path, PathBuf},
@@ -19,6 +18,7 @@ use serde_json::json;
 use super::{
     LoadError,
     config::{Config, Scaling},
+    weights::with_extension,
 };
 
 /// What the rotation of long contexts is slowed by, for models that have it so.
@@ -41,19 +41,9 @@ impl Gguf {
         dir: &Path,
         device: &Device,
     ) -> std::result::Result<Option<Self>, LoadError> {
-        let entries = std::fs::read_dir(dir).map_err(|source| LoadError::Read {
-            path: dir.into(),
-            source,
-        })?;
-        let files: BTreeSet<PathBuf> = entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .collect();
-        let with = |extension: &str| {
-            let matches = move |path: &&PathBuf| path.extension().is_some_and(|it| it == extension);
-            files.iter().filter(matches).cloned().collect::<Vec<_>>()
-        };
-        let mut found = with("gguf");
-        let Some(path) = found.pop().filter(|_| with("safetensors").is_empty()) else {
+        let mut found = with_extension(dir, "gguf")?;
+        let others = with_extension(dir, "safetensors")?;
+        let Some(path) = found.pop().filter(|_| others.is_empty()) else {
             return Ok(None);
         };
         if !found.is_empty() {

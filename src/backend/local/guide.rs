@@ -350,13 +350,11 @@ fn stuck(error: impl std::fmt::Display) -> Stuck {
 /// Takes the chance from all tokens that are not in the set, those included that only pad the
 /// model's vocabulary.
 fn keep(allowed: &SimpleVob, logits: &mut [f32]) {
-    let all = logits.to_vec();
-    logits.fill(f32::NEG_INFINITY);
-    allowed.iter_set_entries(|id| {
-        if let (Some(logit), Some(was)) = (logits.get_mut(id), all.get(id)) {
-            *logit = *was;
+    for (id, logit) in logits.iter_mut().enumerate() {
+        if id >= allowed.len() || !allowed.get(id) {
+            *logit = f32::NEG_INFINITY;
         }
-    });
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::LoadError;
+use super::{LoadError, weights::with_extension};
 use crate::files::Files;
 
 const SINGLE: &str = "model.safetensors";
@@ -249,18 +249,11 @@ fn paths(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     if index.is_file() {
         return indexed(dir, index);
     }
-    let entries = std::fs::read_dir(dir).map_err(|source| LoadError::Read {
-        path: dir.into(),
-        source,
-    })?;
-    let files: BTreeSet<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|ext| ext == "safetensors"))
-        .collect();
-    if files.is_empty() {
-        return Err(LoadError::NoWeights { path: dir.into() });
+    let files = with_extension(dir, "safetensors")?;
+    match files.is_empty() {
+        true => Err(LoadError::NoWeights { path: dir.into() }),
+        false => Ok(files),
     }
-    Ok(files.into_iter().collect())
 }
 
 fn indexed(dir: &Path, path: PathBuf) -> Result<Vec<PathBuf>, LoadError> {

@@ -1,9 +1,27 @@
 //! A model's tensors, from whichever files it has.
 
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
 use candle_core::{Device, Tensor, quantized::QMatMul};
 
 use super::{LoadError, config::Config, gguf::Gguf, safetensors::Safetensors};
 use crate::files::Files;
+
+/// The files of a directory that have this extension, by name.
+pub(super) fn with_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, LoadError> {
+    let entries = std::fs::read_dir(dir).map_err(|source| LoadError::Read {
+        path: dir.into(),
+        source,
+    })?;
+    let files: BTreeSet<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|it| it == extension))
+        .collect();
+    Ok(files.into_iter().collect())
+}
 
 /// A model's tensors. Asked for by the names that they have in safetensors.
 pub(super) enum Weights {
