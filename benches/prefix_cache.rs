@@ -13,9 +13,6 @@
 )]
 
 use std::{
-    fs,
-    path::Path,
-    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -31,9 +28,11 @@ use hotloop::{
 };
 use serde_json::{Value, json};
 
+mod support;
 #[path = "../tests/support/tiny_llama.rs"]
 mod tiny_llama;
 
+use support::report::{Report, cpu_time, percentile, row};
 use tiny_llama::{Family, Size, TinyLlama};
 
 const VOCAB: u32 = 1024;
@@ -80,11 +79,9 @@ fn main() {
         rows.push(decode(&local, batch));
     }
     rows.extend(first_token(&local));
-    let report = json!({ "machine": machine(), "commit": commit(), "rows": rows });
-    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
-    fs::create_dir_all(&out).unwrap();
-    let text = serde_json::to_string_pretty(&report).unwrap();
-    fs::write(out.join("prefix_cache.json"), text + "\n").unwrap();
+    let mut report = Report::new("prefix_cache");
+    rows.into_iter().for_each(|row| report.push(row));
+    report.write();
 }
 
 /// Time to the first token behind a history whose keys and values are kept, and behind one that
@@ -98,11 +95,11 @@ fn first_token(local: &Local) -> Vec<Value> {
         // A tenant that nothing is kept for.
         let stranger = format!("stranger-{trial}");
         for (tenant, (times, cpus)) in [("kept", &mut kept), (&stranger, &mut anew)] {
-            let (start, cpu) = (Instant::now(), cpu_seconds());
+            let (start, cpu) = (Instant::now(), cpu_time(std::process::id()).as_secs_f64());
             let mut answer = local.sample(prompt(tenant, &tokens, 1));
             let chunk = block_on(answer.next()).unwrap().unwrap();
             times.push(start.elapsed());
-            *cpus += cpu_seconds() - cpu;
+            *cpus += cpu_time(std::process::id()).as_secs_f64() - cpu;
             let cached = chunk.cached_tokens.unwrap();
             assert_eq!(cached, if tenant == "kept" { HISTORY_TOKENS } else { 0 });
         }
@@ -152,14 +149,15 @@ fn decode(local: &Local, batch: u32) -> Value {
     });
     let mut times = vec![Vec::new(); batch as usize];
     let mut all = select_all(answers);
-    let cpu = cpu_seconds();
+    let cpu = cpu_time(std::process::id()).as_secs_f64();
     block_on(async {
         while let Some((number, tokens)) = all.next().await {
             assert_eq!(tokens, 1);
             times[number].push(Instant::now());
         }
     });
-    let cpu_us = (cpu_seconds() - cpu) * 1e6 / f64::from(batch * DECODE_TOKENS);
+    let cpu_us =
+        (cpu_time(std::process::id()).as_secs_f64() - cpu) * 1e6 / f64::from(batch * DECODE_TOKENS);
     // From when the last one has begun until the first one has ended.
     let from = times.iter().map(|times| times[0]).max().unwrap();
     let to = times.iter().map(|times| *times.last().unwrap());
@@ -224,20 +222,6 @@ fn rope(from: &Rope, count: u32, seed: u32) -> Rope {
     })
 }
 
-fn row(mut parameters: Value, times: &mut [Duration]) -> Value {
-    for percent in [50, 90, 99] {
-        let time = percentile(times, percent).as_secs_f64() * 1e6;
-        parameters[format!("p{percent}_us")] = json!(time.round());
-    }
-    parameters["n"] = json!(times.len());
-    parameters
-}
-
-fn percentile(times: &mut [Duration], percent: usize) -> Duration {
-    times.sort_unstable();
-    times[(times.len() - 1) * percent / 100]
-}
-
 fn times_of(row: &Value) -> String {
     let of = |key: &str| row[key].as_f64().unwrap() / 1e3;
     format!(
@@ -246,36 +230,5 @@ fn times_of(row: &Value) -> String {
         of("p90_us"),
         of("p99_us"),
         row["n"]
-    )
-}
-
-/// The processor time that this process has used, where the system tells.
-fn cpu_seconds() -> f64 {
-    const TICKS_A_SECOND: f64 = 100.0;
-    let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // Behind the name, which may hold anything, in ticks: of the program and of the system for it.
-    let fields = stat.rsplit(')').next().unwrap_or_default();
-    let ticks = fields.split_whitespace().skip(11).take(2);
-    ticks
-        .filter_map(|field| field.parse::<f64>().ok())
-        .sum::<f64>()
-        / TICKS_A_SECOND
-}
-
-fn machine() -> String {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = cpus
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown", |(_, name)| name);
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    format!("{name}, {cores} cores")
-}
-
-fn commit() -> String {
-    let git = Command::new("git").args(["rev-parse", "HEAD"]).output();
-    git.map_or_else(
-        |_| "unknown".to_owned(),
-        |output| String::from_utf8_lossy(&output.stdout).trim().to_owned(),
     )
 }

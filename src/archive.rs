@@ -13,7 +13,7 @@ use crate::{
     event::{IncompleteReason, Status},
     item::{Item, ResponseId, Tenant},
     model::{Artifacts, Models},
-    render::{self, Head, Heads},
+    render::{self, Entries, Head, Heads},
     request::{Settings, ValidItem},
     session::{Committed, Sessions, Storing, View},
     store::{Batch, Missed, Queue, Record, StoreError},
@@ -269,26 +269,29 @@ impl Tier {
             Some(_) | None => self.head(record, settings, &artifacts)?,
         };
         let own = record.batches.iter().map(|batch| batch.items.as_slice());
-        let (entries, start) = match before {
+        let mut entries = match before {
             Some((parent, None)) => {
                 let nodes: Vec<&Committed> = parent.chain().collect();
                 let past = nodes.iter().rev().flat_map(|node| &node.batches);
-                let all = past.map(Vec::as_slice).chain(own);
-                (entries(all, &artifacts), 0)
+                past.flat_map(|batch| render::entries(batch, &artifacts))
+                    .collect()
             }
-            Some((_, Some(view))) => (entries(own, &artifacts), view.entries_end),
-            None => (entries(own, &artifacts), 0),
+            Some((_, Some(view))) => view.entries.clone(),
+            None => Entries::new_sync(),
         };
-        let entries_end = start + entries.len();
+        for entry in own.flat_map(|batch| render::entries(batch, &artifacts)) {
+            entries.push_back_mut(entry);
+        }
         let visible = record.visible;
         // Only another release could have made other messages of the same items.
-        let fits = visible.from <= entries_end && visible.pinned.is_none_or(|at| at < visible.from);
+        let fits =
+            visible.from <= entries.len() && visible.pinned.is_none_or(|at| at < visible.from);
         fits.then_some(View {
             artifacts,
             head,
             entries,
-            entries_end,
             visible,
+            resume: None,
         })
     }
 
@@ -303,15 +306,6 @@ impl Tier {
             .get(&record.tenant, artifacts, settings, record.date);
         head.ok().map(|(cached, _)| cached.head)
     }
-}
-
-fn entries<'a>(
-    batches: impl Iterator<Item = &'a [ValidItem]>,
-    artifacts: &Artifacts,
-) -> Vec<render::Entry> {
-    batches
-        .flat_map(|batch| render::entries(batch, artifacts))
-        .collect()
 }
 
 /// A response as a record. `None` for one that was made of a record.

@@ -100,7 +100,8 @@ pub struct Done {
     pub finish: Option<Finish>,
     /// Calls without an output.
     pub call_ids: Vec<CallId>,
-    /// The output items of the whole response.
+    /// The output items of the whole response; while it waits for input, those since the last
+    /// `done`.
     pub output_item_ids: Vec<ItemId>,
     /// What it used so far.
     pub usage: Usage,

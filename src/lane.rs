@@ -490,6 +490,7 @@ impl Driver<'_> {
                 Next::Await => {
                     self.slot = None;
                     events.push(self.done(&open, Status::AwaitingInput));
+                    open.told();
                     self.send(events).await;
                     match self.awaiting(&mut open).await {
                         Ok(Next::Sample) => {}

@@ -265,17 +265,18 @@ impl Rope {
         Boundary::START
     }
 
-    /// How many leading bytes of `text` this rope holds, with the same trust: `untrusted` are the
-    /// positions in `text` of literals that are only text. Inside samples trust is not compared,
-    /// since their tokens stand as sampled. Linear in the history: it is the check that a new
-    /// rendering keeps the past.
+    /// How many leading bytes this rope has in common with a prompt that has the same first
+    /// `from` bytes, and then `text`, with the same trust: `untrusted` are the positions in the
+    /// prompt of literals that are only text. Inside samples trust is not compared, since their
+    /// tokens stand as sampled. Costs what the rope holds behind `from`: it is the check that a
+    /// new rendering keeps the past.
     #[must_use]
-    pub fn common_bytes(&self, text: &str, untrusted: &[usize]) -> usize {
+    pub fn common_bytes(&self, from: usize, text: &str, untrusted: &[usize]) -> usize {
         let text = text.as_bytes();
-        for slice in self.slices() {
-            let first = slice.first_byte;
-            let here = &text[first.min(text.len())..];
-            let old = slice.text.as_bytes();
+        for slice in self.slices_from(from) {
+            let first = slice.first_byte.max(from);
+            let here = &text[(first - from).min(text.len())..];
+            let old = &slice.text.as_bytes()[first - slice.first_byte..];
             let same = common_prefix(old, here);
             let trusted = if slice.sampled {
                 usize::MAX
@@ -288,6 +289,22 @@ impl Rope {
             }
         }
         self.bytes
+    }
+
+    /// The text between two bytes of it, with the positions of literals in there that are only text.
+    /// Costs what lies behind the first one.
+    #[must_use]
+    pub fn text_between(&self, from: usize, to: usize) -> (String, Vec<usize>) {
+        let mut text = String::new();
+        let mut untrusted = Vec::new();
+        for slice in self.slices_from(from) {
+            let within =
+                |byte: usize| byte.clamp(slice.first_byte, slice.first_byte + slice.text.len());
+            let bytes = within(from) - slice.first_byte..within(to) - slice.first_byte;
+            text.push_str(&slice.text[bytes]);
+            untrusted.extend(slice.untrusted.iter().filter(|at| (from..to).contains(at)));
+        }
+        (text, untrusted)
     }
 
     /// How many leading tokens two ropes share. Costs what lies behind their common segment.
@@ -396,9 +413,16 @@ impl Rope {
     /// The parts of the rope in order, from the first token on. Linear in the number of segments.
     #[must_use]
     pub fn slices(&self) -> Vec<Slice<'_>> {
+        self.slices_from(0)
+    }
+
+    /// Of the parts of the rope, in order, those that reach behind this byte.
+    fn slices_from(&self, byte: usize) -> Vec<Slice<'_>> {
         let mut slices = Vec::new();
         let mut rope = self;
-        while let Some(segment) = &rope.segment {
+        while let Some(segment) = &rope.segment
+            && (byte == 0 || rope.bytes > byte)
+        {
             let parent = &segment.parent;
             let spans = segment
                 .spans
@@ -717,14 +741,14 @@ mod tests {
     fn trust_is_part_of_what_is_compared() {
         let root = Rope::default();
         let trusted = root.with_rendered(draft(&root, "ab|cd"));
-        assert_eq!(trusted.common_bytes("ab|cde", &[]), 5);
-        assert_eq!(trusted.common_bytes("ab|cde", &[2]), 2);
+        assert_eq!(trusted.common_bytes(0, "ab|cde", &[]), 5);
+        assert_eq!(trusted.common_bytes(0, "ab|cde", &[2]), 2);
         let marked = root.with_rendered(Draft {
             untrusted: vec![2],
             ..draft(&root, "ab|cd")
         });
-        assert_eq!(marked.common_bytes("ab|cde", &[]), 2);
-        assert_eq!(marked.common_bytes("ab|cde", &[2, 9]), 5);
+        assert_eq!(marked.common_bytes(0, "ab|cde", &[]), 2);
+        assert_eq!(marked.common_bytes(0, "ab|cde", &[2, 9]), 5);
     }
 
     #[test]
@@ -759,7 +783,7 @@ mod tests {
                 prop_assert_eq!(rope.tokens_from(0), ids.clone());
                 let whole = Rope::default().with_rendered(draft(&Rope::default(), &model));
                 prop_assert_eq!(rope.fingerprint(), whole.fingerprint());
-                prop_assert_eq!(rope.common_bytes(&model, &[]), model.len());
+                prop_assert_eq!(rope.common_bytes(0, &model, &[]), model.len());
                 prop_assert_eq!(rope.tokens_from(ids.len() / 2), ids[ids.len() / 2..].to_vec());
             }
             for (fork, model) in &forks {

@@ -13,7 +13,7 @@ use rand::RngExt as _;
 use crate::{
     item::{Body, Item, Part, Role},
     ledger::{Slice, Source, Span},
-    render::{self, Entry, Head},
+    render::{self, Entries, Head, Seen},
     request::{Settings, ValidItem},
     session::{Committed, View},
     tokenizer::Tokenizer,
@@ -186,23 +186,19 @@ impl Marks {
                 .map(|text| self.mark(text, Source::Instructions)),
             ..(*response.settings).clone()
         };
-        let head = Head::new(&settings, artifacts, response.date).ok()?;
+        let head = Arc::new(Head::new(&settings, artifacts, response.date).ok()?);
         let nodes: Vec<&Committed> = response.chain().collect();
         let batches = nodes.iter().rev().flat_map(|node| &node.batches);
-        let entries: Vec<Entry> = batches
+        let entries: Entries = batches
             .flat_map(|batch| {
                 let batch: Vec<ValidItem> = batch.iter().map(|new| self.item(new)).collect();
                 render::entries(&batch, artifacts)
             })
             .take(response.prompt_entries)
             .collect();
-        let messages: Vec<_> = view
-            .visible
-            .of(&entries)
-            .map(|entry| entry.message.clone())
-            .collect();
+        let seen = Seen::new(&entries, view.visible);
         let sampled = response.usage.samples > 0;
-        let marked = render::text(artifacts, &head, &messages, sampled).ok()?;
+        let marked = render::text(artifacts, &head, seen, sampled).ok()?;
         self.read(&marked, prompt)
     }
 

@@ -1,16 +1,18 @@
 //! From items to the exact tokens that a model sees, encoding only what is new.
 //!
-//! The whole conversation is rendered through the model's own template, which costs about a
-//! millisecond for 100,000 tokens and assumes nothing about the template. The text is compared
-//! with the one that the ledger holds; every token up to the last place where text may be cut is
-//! kept, samples exactly as they were sampled, and only what follows is encoded. A template that
-//! rewrites the past is thereby right, it only costs more, and the report says so.
+//! The conversation is rendered through the model's own template: on from where the last rendering
+//! of it may be gone on with (`template::Place`), and otherwise from the start, which assumes nothing about the
+//! template. The text is compared with the one that the ledger holds; every token up to the last
+//! place where text may be cut is kept, samples exactly as they were sampled, and only what
+//! follows is encoded. A template that rewrites the past is thereby right, it only costs more, and
+//! the report says so.
 //!
 //! Text of clients and of models never becomes a control token: literals of added tokens in it
 //! are marked before the template runs, and encoded as ordinary text.
 
 use std::sync::Arc;
 
+use rpds::VectorSync;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -20,7 +22,9 @@ use crate::{
     ledger::{Cut, Draft, Rope, common_prefix, first_difference},
     model::Artifacts,
     request::{Effort, Settings, ValidItem},
-    template::{Call, KwargValue, Message, RenderInput, TemplateError, ToolDef, ToolsValue},
+    template::{
+        Call, KwargValue, Message, Messages, Place, RenderInput, TemplateError, ToolDef, ToolsValue,
+    },
     tokenizer::{Encoded, Guard},
 };
 
@@ -97,8 +101,12 @@ impl Head {
 const CUSTOM_PARAMETERS: &str =
     r#"{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}"#;
 
+/// All messages of a conversation, in order. A clone costs nothing and shares them, so that each
+/// response can hold the whole conversation up to it.
+pub type Entries = VectorSync<Entry>;
+
 /// A message in the order of the conversation, with what truncation needs to know of it.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Entry {
     /// The message.
     pub message: Message,
@@ -138,30 +146,88 @@ pub struct Visible {
 impl Visible {
     /// The messages from `from` on, with the pinned one before them.
     #[must_use]
-    pub fn new(all: &[Entry], from: usize, pinned: Option<usize>) -> Self {
-        let hidden: u32 = all[..from].iter().map(|entry| entry.items).sum();
+    pub fn new(all: &Entries, from: usize, pinned: Option<usize>) -> Self {
+        let hidden: u32 = all.iter().take(from).map(|entry| entry.items).sum();
+        let pinned_items = pinned
+            .and_then(|at| all.get(at))
+            .map_or(0, |entry| entry.items);
         Self {
             from,
             pinned,
-            hidden_items: hidden - pinned.map_or(0, |at| all[at].items),
+            hidden_items: hidden - pinned_items,
         }
-    }
-
-    /// What is seen of these messages of the conversation.
-    pub fn of<'a>(&self, all: &'a [Entry]) -> impl Iterator<Item = &'a Entry> {
-        let pinned = self.pinned.and_then(|at| all.get(at));
-        pinned
-            .into_iter()
-            .chain(all.get(self.from..).unwrap_or_default())
     }
 
     /// The messages from the last summary on; all of them where there is none.
     #[must_use]
-    pub fn from_summary(all: &[Entry]) -> Self {
+    pub fn from_summary(all: &Entries) -> Self {
         let summary = all
             .iter()
             .rposition(|entry| entry.speaker == Speaker::Summary);
         Self::new(all, summary.unwrap_or(0), None)
+    }
+}
+
+/// The messages that a model sees: of a conversation what is visible, and more behind it.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    all: Entries,
+    visible: Visible,
+    more: Vec<Message>,
+}
+
+impl Seen {
+    /// What is visible of the conversation. Costs nothing that grows with it.
+    #[must_use]
+    pub fn new(all: &Entries, visible: Visible) -> Self {
+        Self {
+            all: all.clone(),
+            visible,
+            more: Vec::new(),
+        }
+    }
+
+    /// Puts messages behind it that are not part of the conversation yet.
+    pub fn add(&mut self, entries: Vec<Entry>) {
+        self.more
+            .extend(entries.into_iter().map(|entry| entry.message));
+    }
+}
+
+/// What a template renders: the instructions before all that is seen.
+#[derive(Debug)]
+struct Script {
+    system: Option<Message>,
+    seen: Seen,
+}
+
+impl Script {
+    fn leading(&self) -> impl Iterator<Item = &Message> {
+        let Seen { all, visible, .. } = &self.seen;
+        let pinned = visible.pinned.and_then(|at| all.get(at));
+        let pinned = pinned.map(|entry| &entry.message);
+        self.system.iter().chain(pinned)
+    }
+}
+
+impl Messages for Script {
+    fn len(&self) -> usize {
+        let Seen { all, visible, more } = &self.seen;
+        self.leading().count() + all.len().saturating_sub(visible.from) + more.len()
+    }
+
+    fn get(&self, at: usize) -> Option<Message> {
+        let Some(behind) = at.checked_sub(self.leading().count()) else {
+            return self.leading().nth(at).cloned();
+        };
+        let Seen { all, visible, more } = &self.seen;
+        match all.get(visible.from + behind) {
+            Some(entry) => Some(entry.message.clone()),
+            None => {
+                let at = (visible.from + behind).checked_sub(all.len())?;
+                more.as_slice().get(at).cloned()
+            }
+        }
     }
 }
 
@@ -317,10 +383,36 @@ impl Answer {
     }
 }
 
-/// A conversation as text, with the places where literals of added tokens are only text.
+/// A conversation as text from a byte on, with the places in the whole where literals of added
+/// tokens are only text.
 struct Text {
+    first_byte: usize,
     text: String,
     untrusted: Vec<usize>,
+    resume: Option<Resume>,
+}
+
+/// Where the next rendering of a conversation may go on.
+#[derive(Clone)]
+pub struct Resume {
+    place: Place,
+    /// Where that is in the text.
+    byte: usize,
+    /// What else it was rendered with.
+    head: Arc<Head>,
+    visible: Visible,
+    generation_prompt: bool,
+}
+
+/// What the ledger holds of a conversation.
+#[derive(Clone, Copy)]
+pub struct Past<'a> {
+    /// The prompt and sample before. It may hold anything, even another conversation: what it
+    /// shares with the new rendering is kept.
+    pub rope: &'a Rope,
+    /// Where the rendering of that prompt may be gone on with, while the conversation has only
+    /// grown since.
+    pub resume: Option<&'a Resume>,
 }
 
 /// A prompt that was made from the one before it.
@@ -331,6 +423,8 @@ pub struct Rendered {
     pub encoded_tokens: usize,
     /// The part that was encoded, for a later rendering to take over.
     pub tail: Tail,
+    /// Where the next rendering may go on.
+    pub resume: Option<Resume>,
 }
 
 /// The newest part of a rendering with its tokens.
@@ -343,38 +437,61 @@ pub struct Tail {
 
 /// Renders a conversation onto what the ledger holds of it.
 ///
-/// `previous` is the rope of the prompt and sample before; it may hold anything, even another
-/// conversation: what it shares with this one is kept. `ahead` is a rendering that was made while
-/// the model still sampled; what it encoded is not encoded again.
+/// `ahead` is a rendering that was made while the model still sampled; what it encoded is not
+/// encoded again.
 ///
 /// # Errors
 ///
 /// `invalid_request` where the template refuses the conversation.
 pub fn render(
     artifacts: &Artifacts,
-    head: &Head,
-    messages: &[Message],
+    head: &Arc<Head>,
+    seen: Seen,
     generation_prompt: bool,
-    previous: &Rope,
+    past: Past<'_>,
     ahead: Option<&Tail>,
 ) -> Result<Rendered, Error> {
-    let Text { text, untrusted } = to_text(artifacts, head, messages, generation_prompt)?;
-    let common = previous.common_bytes(&text, &untrusted);
+    let previous = past.rope;
+    let Text {
+        mut first_byte,
+        mut text,
+        mut untrusted,
+        resume,
+    } = to_text(
+        artifacts,
+        head,
+        seen.clone(),
+        generation_prompt,
+        past.resume,
+    )?;
+    debug_assert!(
+        first_byte == 0
+            || to_text(artifacts, head, seen, generation_prompt, None)
+                .is_ok_and(|whole| whole.text == previous.text_between(0, first_byte).0 + &text),
+        "a rendering that goes on gives what one from the start does"
+    );
+    let common = previous.common_bytes(first_byte, &text, &untrusted);
     let boundary = previous.boundary(common);
     let kept = previous.truncated(boundary);
-    let new = &text[boundary.byte..];
+    if boundary.byte < first_byte {
+        let (before, marks) = previous.text_between(boundary.byte, first_byte);
+        text.insert_str(0, &before);
+        untrusted.splice(0..0, marks);
+        first_byte = boundary.byte;
+    }
+    let new = &text[boundary.byte - first_byte..];
     // An added token takes the white space behind it also where it was sampled.
     let swallows = kept
         .last_sampled()
         .is_some_and(|id| artifacts.tokenizer.swallows_after(id));
     let at = if swallows {
-        text.len() - new.trim_start().len()
+        first_byte + text.len() - new.trim_start().len()
     } else {
         boundary.byte
     };
     let untrusted = &untrusted[untrusted.partition_point(|p| *p < at)..];
     let mut tail = Tail {
-        text: text[at..].to_owned(),
+        text: text[at - first_byte..].to_owned(),
         at_start: at == 0,
         untrusted: untrusted.iter().map(|p| p - at).collect(),
         encoded: Encoded::default(),
@@ -392,6 +509,7 @@ pub fn render(
         rope,
         encoded_tokens: encoded.ids.len(),
         tail,
+        resume,
     })
 }
 
@@ -402,39 +520,66 @@ pub fn render(
 /// As [`render`].
 pub fn text(
     artifacts: &Artifacts,
-    head: &Head,
-    messages: &[Message],
+    head: &Arc<Head>,
+    seen: Seen,
     generation_prompt: bool,
 ) -> Result<String, Error> {
-    to_text(artifacts, head, messages, generation_prompt).map(|Text { text, .. }| text)
+    to_text(artifacts, head, seen, generation_prompt, None).map(|Text { text, .. }| text)
 }
 
 fn to_text(
     artifacts: &Artifacts,
-    head: &Head,
-    messages: &[Message],
+    head: &Arc<Head>,
+    seen: Seen,
     generation_prompt: bool,
+    resume: Option<&Resume>,
 ) -> Result<Text, Error> {
-    let with_system: Vec<Message>;
-    let messages = match &head.system {
-        None => messages,
-        Some(system) => {
-            with_system = std::iter::once(system).chain(messages).cloned().collect();
-            &with_system
-        }
+    let visible = seen.visible;
+    let script = Script {
+        system: head.system.clone(),
+        seen,
     };
-    let rendered = artifacts
-        .template
-        .render(&RenderInput {
-            messages,
-            tools: head.tools.as_ref(),
-            add_generation_prompt: generation_prompt,
-            now: head.date.at(0, 0, 0, 0),
-            kwargs: &head.kwargs,
-        })
+    let input = RenderInput {
+        messages: Arc::new(script),
+        tools: head.tools.as_ref(),
+        add_generation_prompt: generation_prompt,
+        now: head.date.at(0, 0, 0, 0),
+        kwargs: &head.kwargs,
+    };
+    let resume = resume.filter(|resume| {
+        Arc::ptr_eq(&resume.head, head)
+            && resume.visible == visible
+            && resume.generation_prompt == generation_prompt
+    });
+    let template = &artifacts.template;
+    let rendered = template
+        .render_on(&input, resume.map(|resume| &resume.place))
         .map_err(refused)?;
-    let (text, untrusted) = artifacts.tokenizer.guard().unmark(rendered);
-    Ok(Text { text, untrusted })
+    let guard = artifacts.tokenizer.guard();
+    let [before, behind] = rendered.parts;
+    let (mut text, mut untrusted) = guard.unmark(before);
+    let first_byte = resume
+        .filter(|_| rendered.resumed)
+        .map_or(0, |resume| resume.byte);
+    for mark in &mut untrusted {
+        *mark += first_byte;
+    }
+    let byte = first_byte + text.len();
+    let (behind, marks) = guard.unmark(behind);
+    text.push_str(&behind);
+    untrusted.extend(marks.into_iter().map(|mark| mark + byte));
+    Ok(Text {
+        first_byte,
+        text,
+        untrusted,
+        resume: rendered.next.map(|place| Resume {
+            place,
+            byte,
+            head: Arc::clone(head),
+            visible,
+            generation_prompt,
+        }),
+    })
 }
 
 fn refused(error: TemplateError) -> Error {
@@ -545,8 +690,12 @@ fn moved(cuts: &[Cut], from: Cut, byte: usize, token: usize) -> impl Iterator<It
 /// The head alone, instructions and tools, as far as every conversation under it begins with it.
 /// `None` where the template refuses to render without a conversation around it.
 #[must_use]
-pub fn render_head(artifacts: &Artifacts, head: &Head) -> Option<Rope> {
-    let with = |text: &str| to_text(artifacts, head, &[Message::text("user", text)], false).ok();
+pub fn render_head(artifacts: &Artifacts, head: &Arc<Head>) -> Option<Rope> {
+    let with = |text: &str| {
+        let mut seen = Seen::new(&Entries::new_sync(), Visible::default());
+        seen.more.push(Message::text("user", text));
+        to_text(artifacts, head, seen, false, None).ok()
+    };
     let (one, two) = (with("0")?, with("1")?);
     let mut encoded = Encoded::default();
     artifacts
@@ -557,7 +706,7 @@ pub fn render_head(artifacts: &Artifacts, head: &Head) -> Option<Rope> {
         untrusted: one.untrusted.clone(),
         ..Draft::default()
     });
-    let common = whole.common_bytes(&two.text, &two.untrusted);
+    let common = whole.common_bytes(0, &two.text, &two.untrusted);
     // Up to the last added token that both share, that token included: a conversation is cut before it.
     let cuts = encoded
         .cuts
@@ -623,12 +772,9 @@ impl Heads {
         if let Some(cached) = self.cache.get(&key) {
             return Ok((cached, true));
         }
-        let head = Head::new(settings, artifacts, date)?;
+        let head = Arc::new(Head::new(settings, artifacts, date)?);
         let rope = render_head(artifacts, &head).unwrap_or_default();
-        let cached = CachedHead {
-            head: Arc::new(head),
-            rope,
-        };
+        let cached = CachedHead { head, rope };
         self.cache.insert(key, cached.clone());
         Ok((cached, false))
     }

@@ -26,7 +26,9 @@ use crate::{
     ledger::Rope,
     model::Model,
     parse::Grammar,
-    render::{self, CachedHead, Entry, Head, Heads, Speaker, Tail, Visible},
+    render::{
+        self, CachedHead, Entries, Entry, Head, Heads, Past, Resume, Seen, Speaker, Tail, Visible,
+    },
     request::{NewItem, OpenCall, Settings, Truncation, ValidItem, validate_append},
     safety::{self, Cleared},
     session::{Committed, Held, Storing, View},
@@ -92,11 +94,11 @@ pub struct Open {
     /// What the conversation has got in this response: the input of each command and the output
     /// of each sample, in order.
     batches: Vec<Vec<ValidItem>>,
-    /// The messages that they make; all messages of the conversation where the model changed.
-    entries: Vec<Entry>,
-    /// How many messages of the conversation stand before `entries`.
-    entries_start: usize,
+    /// All messages of the conversation.
+    entries: Entries,
     visible: Visible,
+    /// Where the rendering of the last prompt may be gone on with.
+    resume: Option<Resume>,
     /// The last prompt and, once its sample has ended, that sample.
     rope: Rope,
     prompt_tokens: usize,
@@ -111,6 +113,8 @@ pub struct Open {
 
     input: Vec<Arc<Item>>,
     output: Vec<Arc<Item>>,
+    /// How many output items there were when the client was last told how the response stands.
+    output_told: usize,
     /// The position that the next output item gets.
     output_index: u32,
     usage: Usage,
@@ -270,8 +274,8 @@ impl Open {
             no_deltas,
         } = begin;
         let artifacts = &model.artifacts;
-        let mut entries = Vec::new();
-        let mut entries_start = 0;
+        let mut entries = Entries::new_sync();
+        let mut resume = None;
         let mut visible = Visible::default();
         let mut rope = cached.rope.clone();
         let mut rerender = None;
@@ -284,7 +288,8 @@ impl Open {
             None => head_tokens = HeadTokens::Encoded(cached.rope.len_tokens()),
             Some((parent, Some(view))) => {
                 rope = parent.rope.clone();
-                entries_start = view.entries_end;
+                entries = view.entries.clone();
+                resume = view.resume.clone();
                 visible = view.visible;
                 if !settings.renders_like(&parent.settings) {
                     rerender = Some(RerenderReason::Settings);
@@ -342,8 +347,8 @@ impl Open {
             open_calls,
             batches: Vec::new(),
             entries,
-            entries_start,
             visible,
+            resume,
             rope,
             prompt_tokens: 0,
             prompt_entries: 0,
@@ -353,6 +358,7 @@ impl Open {
             head_tokens,
             input: Vec::new(),
             output: Vec::new(),
+            output_told: 0,
             output_index: 0,
             usage: Usage::default(),
             sampled_before: 0,
@@ -418,7 +424,7 @@ impl Open {
         self.admit_input(batch);
         let previous = self.rope.clone();
         let ahead = self.ahead.take();
-        let mut rendered = self.render(&self.messages(), generation_prompt, ahead.as_ref())?;
+        let mut rendered = self.render(generation_prompt, ahead.as_ref())?;
         let limit = self.model.context_length as usize;
         while rendered.rope.len_tokens() >= limit {
             let tokens = rendered.rope.len_tokens();
@@ -428,12 +434,13 @@ impl Open {
                 return Err(too_long(tokens, limit).at("create.input"));
             }
             self.rerender = Some(RerenderReason::Truncation);
-            rendered = self.render(&self.messages(), generation_prompt, None)?;
+            rendered = self.render(generation_prompt, None)?;
         }
         self.rope = rendered.rope;
+        self.resume = rendered.resume;
         self.constrain()?;
         self.prompt_tokens = self.rope.len_tokens();
-        self.prompt_entries = self.entries_start + self.entries.len();
+        self.prompt_entries = self.entries.len();
         self.report = self.report_on(&previous, rendered.encoded_tokens);
         Ok(())
     }
@@ -454,19 +461,21 @@ impl Open {
 
     fn render(
         &self,
-        messages: &[crate::template::Message],
         generation_prompt: bool,
         ahead: Option<&Tail>,
     ) -> Result<render::Rendered, Error> {
         let artifacts = &self.model.artifacts;
-        render::render(
-            artifacts,
-            &self.head,
-            messages,
-            generation_prompt,
-            &self.rope,
-            ahead,
-        )
+        let seen = Seen::new(&self.entries, self.visible);
+        let past = self.past(&self.rope);
+        render::render(artifacts, &self.head, seen, generation_prompt, past, ahead)
+    }
+
+    /// What a rendering goes on from; the rope holds the last prompt at least.
+    fn past<'a>(&'a self, rope: &'a Rope) -> Past<'a> {
+        Past {
+            rope,
+            resume: self.resume.as_ref(),
+        }
     }
 
     fn report_on(&mut self, previous: &Rope, encoded: usize) -> PromptReport {
@@ -520,10 +529,12 @@ impl Open {
         let compacts = entries
             .iter()
             .any(|entry| entry.speaker == Speaker::Summary);
-        self.entries.extend(entries);
+        for entry in entries {
+            self.entries.push_back_mut(entry);
+        }
         self.batches.push(batch);
         if compacts {
-            self.visible = Visible::from_summary(&self.all_entries());
+            self.visible = Visible::from_summary(&self.entries);
             self.rerender = Some(RerenderReason::Truncation);
         }
     }
@@ -531,67 +542,32 @@ impl Open {
     /// Takes the oldest exchanges out of the prompt, so that about a quarter of the context gets
     /// free and the next steps need not do it again. False when nothing more can go.
     fn hide(&mut self, rendered: &Rope, limit: usize) -> bool {
-        let all = self.all_entries();
+        let all = &self.entries;
         let surplus = rendered.len_tokens() - limit * 3 / 4;
         // Text of messages takes about as many tokens a byte as the whole prompt does.
         let surplus_bytes = surplus * rendered.len_bytes() / rendered.len_tokens().max(1);
         let mut freed = 0;
         let mut from = None;
-        for (at, pair) in (self.visible.from + 1..).zip(all[self.visible.from..].windows(2)) {
-            freed += pair[0].bytes + MESSAGE_BYTES;
-            if pair[1].speaker != Speaker::Tool {
-                from = Some(at);
+        let seen = || all.iter().skip(self.visible.from);
+        for (at, (hidden, next)) in (self.visible.from + 1..).zip(seen().zip(seen().skip(1))) {
+            freed += hidden.bytes + MESSAGE_BYTES;
+            if next.speaker != Speaker::Tool {
+                from = Some((at, next.speaker));
                 if freed >= surplus_bytes {
                     break;
                 }
             }
         }
-        let Some(from) = from else {
+        let Some((from, speaker)) = from else {
             return false;
         };
-        let pinned = match all[from].speaker {
+        let client = |entry: &Entry| matches!(entry.speaker, Speaker::Client | Speaker::Summary);
+        let pinned = match speaker {
             Speaker::Client | Speaker::Tool | Speaker::Summary => None,
-            Speaker::Model => all[..from]
-                .iter()
-                .rposition(|entry| matches!(entry.speaker, Speaker::Client | Speaker::Summary)),
+            Speaker::Model => (0..from).rev().find(|at| all.get(*at).is_some_and(client)),
         };
-        self.visible = Visible::new(&all, from, pinned);
+        self.visible = Visible::new(all, from, pinned);
         true
-    }
-
-    /// All messages of the conversation. Linear in the history: for truncation alone.
-    fn all_entries(&self) -> Vec<Entry> {
-        self.entries_since(0)
-    }
-
-    fn entries_since(&self, first: usize) -> Vec<Entry> {
-        let mut parts: Vec<&[Entry]> = vec![&self.entries];
-        let mut start = self.entries_start;
-        let mut node = self.parent.as_deref();
-        while start > first
-            && let Some(parent) = node
-            && let Some(view) = &parent.view
-        {
-            parts.push(&view.entries);
-            start = view.entries_end - view.entries.len();
-            node = parent.parent.as_deref();
-        }
-        let skip = first.saturating_sub(start);
-        parts.reverse();
-        parts.into_iter().flatten().skip(skip).cloned().collect()
-    }
-
-    /// The messages that the model sees. Linear in their number, since the template is.
-    fn messages(&self) -> Vec<crate::template::Message> {
-        let first = self.visible.pinned.unwrap_or(self.visible.from);
-        let seen = self.entries_since(first);
-        let behind = self.visible.from - first;
-        let pinned = self.visible.pinned.and_then(|_| seen.first());
-        pinned
-            .into_iter()
-            .chain(&seen[behind.min(seen.len())..])
-            .map(|entry| entry.message.clone())
-            .collect()
     }
 
     /// The prompt, for a sample that now begins.
@@ -857,16 +833,10 @@ impl Open {
     /// Renders what is there now as if the sample had ended here.
     fn look_ahead(&self, missing: Missing) -> Result<render::Rendered, Error> {
         let artifacts = &self.model.artifacts;
-        let mut messages = self.messages();
+        let mut seen = Seen::new(&self.entries, self.visible);
         let mut rope = self.rope.clone();
         let mut input = self.staged.clone();
-        let mut add = |batch: &[ValidItem]| {
-            messages.extend(
-                render::entries(batch, artifacts)
-                    .into_iter()
-                    .map(|entry| entry.message),
-            );
-        };
+        let mut add = |batch: &[ValidItem]| seen.add(render::entries(batch, artifacts));
         if let Some(round) = &self.round {
             add(round.outputs());
             rope = rope.with_sampled(round.so_far());
@@ -896,7 +866,7 @@ impl Open {
         input.extend(self.steering.iter().cloned());
         add(&input);
         let ahead = self.ahead.as_ref();
-        render::render(artifacts, &self.head, &messages, true, &rope, ahead)
+        render::render(artifacts, &self.head, seen, true, self.past(&rope), ahead)
     }
 
     /// How the last prompt came to be, with the fingerprint of it and its sample.
@@ -921,6 +891,12 @@ impl Open {
     /// How the response stands, to be told to the client.
     #[must_use]
     pub fn done(&self, status: Status, timing: Timing, earlier: Vec<SampleReport>) -> Event {
+        // While it waits it tells only what is new: a held loop costs the same in each round.
+        let first = match status {
+            Status::AwaitingInput => self.output_told,
+            Status::Completed | Status::Incomplete(_) | Status::Failed(_) | Status::Cancelled => 0,
+        };
+        let output = &self.output[first..];
         let done = Done {
             status,
             finish: self.finish,
@@ -929,18 +905,23 @@ impl Open {
                 .iter()
                 .map(|call| call.call_id.clone())
                 .collect(),
-            output_item_ids: self.output.iter().map(|item| item.id.clone()).collect(),
+            output_item_ids: output.iter().map(|item| item.id.clone()).collect(),
             usage: self.usage,
             prompt: self.report(),
             timing,
             earlier,
             output: if self.include_output {
-                self.output.clone()
+                output.to_vec()
             } else {
                 Vec::new()
             },
         };
         Event::Done(Box::new(done))
+    }
+
+    /// The client has been told how it stands: a later `done` while it waits tells what is new.
+    pub fn told(&mut self) {
+        self.output_told = self.output.len();
     }
 
     /// Ends the response and puts it on the ledger.
@@ -972,9 +953,9 @@ impl Open {
             view: Some(View {
                 artifacts: self.model.artifacts.clone(),
                 head: self.head,
-                entries_end: self.entries_start + self.entries.len(),
                 entries: self.entries,
                 visible: self.visible,
+                resume: self.resume,
             }),
             pending,
             rope: self.rope,

@@ -22,7 +22,7 @@ use crate::{
     item::{Item, ItemId, ResponseId, Tenant},
     ledger::Rope,
     model::Artifacts,
-    render::{Entry, Head, Visible},
+    render::{Entries, Head, Resume, Visible},
     request::{OpenCall, Settings, ValidItem},
 };
 
@@ -85,13 +85,12 @@ pub struct View {
     pub artifacts: Arc<Artifacts>,
     /// The head that the settings render to.
     pub head: Arc<Head>,
-    /// The messages of this response, in the order of the conversation; all messages of the
-    /// conversation where the response before it had another text side.
-    pub entries: Vec<Entry>,
-    /// How many messages the conversation has with it.
-    pub entries_end: usize,
+    /// All messages of the conversation.
+    pub entries: Entries,
     /// What the model still sees of the conversation.
     pub visible: Visible,
+    /// Where the rendering of its last prompt may be gone on with.
+    pub resume: Option<Resume>,
 }
 
 /// Whether a response goes to the store.

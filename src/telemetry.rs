@@ -6,13 +6,16 @@ use tracing_subscriber::{EnvFilter, fmt};
 
 use crate::config::{Log, LogFormat};
 
+/// A library that tells of its tables while it loads, and might of what it encodes.
+const QUIET: &str = "tk_encode=warn";
+
 /// Starts logging, for the whole process.
 ///
 /// # Errors
 ///
 /// The filter cannot be read, or logging was started before.
 pub fn install(log: &Log) -> Result<(), TelemetryError> {
-    let filter = EnvFilter::try_new(&log.filter)?;
+    let filter = EnvFilter::try_new(format!("{QUIET},{}", log.filter))?;
     let lines = fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

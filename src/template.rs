@@ -21,8 +21,10 @@
 //! Which row a template is in is found out when it is loaded, by rendering one call in each form (`CallForm`).
 
 mod json;
+mod loops;
 mod probe;
 mod python;
+mod trace;
 
 #[cfg(test)]
 mod tests;
@@ -38,9 +40,12 @@ use regex::Regex;
 use sha2::{Digest, Sha256};
 
 pub use probe::Appends;
+use trace::Trace;
 
-/// The name under which the one template of an environment is kept; it shows in no message.
+/// The names under which an environment keeps the template as it is, and rewritten so that a rendering can go on; they
+/// show in no message.
 const NAME: &str = "chat_template";
+const REWRITTEN: &str = "chat_template, rewritten";
 
 /// A compiled chat template; immutable, and shared by all lanes of a model.
 pub struct Template {
@@ -49,6 +54,8 @@ pub struct Template {
     specials: SpecialTokens,
     variables: HashSet<String>,
     form: CallForm,
+    /// Whether there is a rewritten one.
+    resumes: bool,
 }
 
 /// The texts of the special tokens that templates print by name.
@@ -64,11 +71,35 @@ pub struct SpecialTokens {
     pub unk: Option<String>,
 }
 
+/// The messages of a conversation, oldest first.
+pub trait Messages: fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The message at this position, counted from 0.
+    fn get(&self, at: usize) -> Option<Message>;
+}
+
+impl Messages for Vec<Message> {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn get(&self, at: usize) -> Option<Message> {
+        self.as_slice().get(at).cloned()
+    }
+}
+
 /// All that one render depends on besides the template itself.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RenderInput<'a> {
-    /// The conversation, oldest message first.
-    pub messages: &'a [Message],
+    /// The conversation.
+    pub messages: Arc<dyn Messages>,
     /// The tools on offer. Without any, pass `None`, not an empty list: templates see `none`, as in `transformers`.
     pub tools: Option<&'a ToolsValue>,
     /// Whether the text ends by opening the assistant's next turn.
@@ -78,6 +109,21 @@ pub struct RenderInput<'a> {
     /// Further variables, such as `enable_thinking`. A name that this struct or a special token already sets loses to
     /// this struct and wins over the special token, as in `transformers`.
     pub kwargs: &'a [(&'a str, KwargValue)],
+}
+
+/// Where a later rendering of the same conversation may go on: a `place` for [`Template::render_on`].
+#[derive(Clone, Debug)]
+pub struct Place(trace::Place);
+
+/// What [`Template::render_on`] gives.
+#[derive(Debug)]
+pub struct Rendered {
+    /// The text, in two: a rendering that goes on from `next` leaves out all up to the second part.
+    pub parts: [String; 2],
+    /// Whether the text begins at the given place; else it is all of it.
+    pub resumed: bool,
+    /// The place of the second part. `None` where no rendering may go on from this one.
+    pub next: Option<Place>,
 }
 
 /// The value of a template's own switch.
@@ -163,7 +209,7 @@ impl Template {
     pub fn new(source: &str, specials: SpecialTokens) -> Result<Self, TemplateError> {
         let mut environment = environment();
         let text = as_minijinja_reads_it(source);
-        let compiled = environment.add_template_owned(NAME, text);
+        let compiled = environment.add_template_owned(NAME, text.clone());
         compiled.map_err(|error| TemplateError::Syntax {
             line: error.line().unwrap_or(0),
             detail: error.detail().unwrap_or("unexpected input").to_owned(),
@@ -172,7 +218,12 @@ impl Template {
             Ok(template) => template.undeclared_variables(false),
             Err(error) => return Err(failure(&error)),
         };
+        if let Some(rewritten) = loops::rewrite(&text) {
+            // What does not compile is not used.
+            let _ = environment.add_template_owned(REWRITTEN, rewritten);
+        }
         let mut template = Self {
+            resumes: environment.get_template(REWRITTEN).is_ok(),
             environment,
             source: source.into(),
             specials,
@@ -180,6 +231,7 @@ impl Template {
             form: CALL_FORMS[0],
         };
         template.form = probe::call_form(&template);
+        template.resumes = template.resumes && probe::resumes(&template);
         Ok(template)
     }
 
@@ -190,6 +242,65 @@ impl Template {
     /// stumbles.
     pub fn render(&self, input: &RenderInput<'_>) -> Result<String, TemplateError> {
         self.render_as(self.form, input)
+    }
+
+    /// The prompt's text, as far as it may differ from that of an earlier rendering of the same conversation.
+    ///
+    /// `place` comes from that rendering. Of its input all but the messages must have been the same, and those messages must be
+    /// the first ones of these. What is left out costs nothing, where the template lets be seen that it stays as it is:
+    /// one that looks at how many messages there are, say, is rendered from the start.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_on(
+        &self,
+        input: &RenderInput<'_>,
+        place: Option<&Place>,
+    ) -> Result<Rendered, TemplateError> {
+        if !self.resumes {
+            let text = self.render(input)?;
+            return Ok(Rendered {
+                parts: [String::new(), text],
+                resumed: false,
+                next: None,
+            });
+        }
+        let trace = Trace::new(
+            Arc::clone(&input.messages),
+            self.form,
+            place.map(|place| place.0.clone()),
+        );
+        let mut context = self.context(input, trace.conversation());
+        context.insert(loops::TRACE, Value::from_dyn_object(Arc::clone(&trace)));
+        let rendered = self
+            .environment
+            .get_template(REWRITTEN)
+            .and_then(|template| {
+                template
+                    .render_captured_to(Value::from(context), trace.sheet())
+                    .map(drop)
+            });
+        // Also after a failure: it takes apart what holds itself.
+        let outcome = trace.finish();
+        rendered.map_err(|error| failure(&error))?;
+        let mut text = outcome.text;
+        if outcome.resumed {
+            text.drain(..outcome.head);
+        }
+        let (next, at) = outcome
+            .next
+            .map_or((None, 0), |(place, at)| (Some(Place(place)), at));
+        let tail = text.split_off(at - if outcome.resumed { outcome.head } else { 0 });
+        Ok(Rendered {
+            parts: [text, tail],
+            resumed: outcome.resumed,
+            next,
+        })
+    }
+
+    /// Whether a rendering can leave out what stays as it is.
+    pub fn resumes(&self) -> bool {
+        self.resumes
     }
 
     /// Whether the template reads `variable` from outside, for instance `enable_thinking`, `reasoning_effort` or
@@ -239,12 +350,14 @@ impl Template {
             .environment
             .get_template(NAME)
             .map_err(|error| failure(&error))?;
+        let messages = (0..input.messages.len()).filter_map(|at| input.messages.get(at));
+        let messages: Value = messages.map(|message| message.value(form)).collect();
         template
-            .render(self.context(form, input))
+            .render(Value::from(self.context(input, messages)))
             .map_err(|error| failure(&error))
     }
 
-    fn context(&self, form: CallForm, input: &RenderInput<'_>) -> Value {
+    fn context<'v>(&'v self, input: &RenderInput<'v>, messages: Value) -> BTreeMap<&'v str, Value> {
         let mut variables: BTreeMap<&str, Value> = BTreeMap::new();
         for (name, text) in self.specials.named() {
             if let Some(text) = text {
@@ -254,11 +367,6 @@ impl Template {
         for (name, value) in input.kwargs {
             variables.insert(name, value.to_value());
         }
-        let messages: Value = input
-            .messages
-            .iter()
-            .map(|message| message.value(form))
-            .collect();
         variables.insert("messages", messages);
         variables.insert(
             "tools",
@@ -272,7 +380,7 @@ impl Template {
             Value::from(input.add_generation_prompt),
         );
         variables.insert("strftime_now", python::strftime_now(input.now));
-        Value::from(variables)
+        variables
     }
 }
 
@@ -559,19 +667,22 @@ impl fmt::Debug for Record {
 #[error("{0}")]
 struct Refusal(String);
 
-/// minijinja as `transformers` configures Jinja2: what differs between the two is in [`python`] and [`json`].
-fn environment() -> Environment<'static> {
-    #[expect(
-        clippy::expect_used,
-        reason = "the builder only fails on delimiters of one's own"
-    )]
-    let syntax = SyntaxConfig::builder()
+#[expect(
+    clippy::expect_used,
+    reason = "the builder only fails on delimiters of one's own"
+)]
+fn syntax() -> SyntaxConfig {
+    SyntaxConfig::builder()
         .trim_blocks(true)
         .lstrip_blocks(true)
         .build()
-        .expect("the default delimiters");
+        .expect("the default delimiters")
+}
+
+/// minijinja as `transformers` configures Jinja2: what differs between the two is in [`python`] and [`json`].
+fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    environment.set_syntax(syntax);
+    environment.set_syntax(syntax());
     // Debug information would carry the conversation into errors.
     environment.set_debug(false);
     environment.set_auto_escape_callback(|_| AutoEscape::None);

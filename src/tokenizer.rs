@@ -9,6 +9,7 @@
 //! `encode`; a vocabulary for which a built-in corpus shows otherwise is refused when loaded.
 
 mod detok;
+mod fast;
 mod guard;
 mod probe;
 #[cfg(test)]
@@ -177,6 +178,8 @@ struct Scan {
 /// A vocabulary that encodes and decodes exactly; immutable and shared.
 pub struct Tokenizer {
     hf: HfTokenizer,
+    /// Encodes what it can instead.
+    fast: Option<fast::Fast>,
     /// By ascending id.
     added: Vec<AddedToken>,
     by_content: HashMap<Box<str>, TokenId>,
@@ -227,10 +230,42 @@ impl Tokenizer {
             encoded_tokens: AtomicU64::new(0),
             added,
             hf,
+            fast: None,
         };
         probe::check(&tokenizer)?;
+        let mut tokenizer = tokenizer;
+        tokenizer.fast = tokenizer.load_fast(json);
         tokenizer.encoded_tokens.store(0, Ordering::Relaxed);
         Ok(tokenizer)
+    }
+
+    /// The faster encoder, where it gives the same tokens.
+    fn load_fast(&self, json: &[u8]) -> Option<fast::Fast> {
+        if self.normalised.is_some() {
+            // These are looked for between normalising and all else, which it does in one go.
+            return None;
+        }
+        let found = fast::Fast::new(json).and_then(|fast| {
+            let agrees = fast::agrees(self, &fast, &probe::texts(&self.added));
+            agrees
+                .then_some(fast)
+                .ok_or_else(|| "it gives other tokens".to_owned())
+        });
+        if let Err(reason) = &found {
+            tracing::info!(%reason, "the fast encoder is not used for this vocabulary");
+        }
+        found.ok()
+    }
+
+    /// Encodes with the first encoder only, which is slower: for comparison.
+    pub fn without_fast_encoder(mut self) -> Self {
+        self.fast = None;
+        self
+    }
+
+    /// Whether the fast encoder is used.
+    pub fn has_fast_encoder(&self) -> bool {
+        self.fast.is_some()
     }
 
     /// Appends the tokens of `text` to `out`, without those that a post-processor would add.
@@ -369,6 +404,12 @@ impl Tokenizer {
     /// the piece is halved until the characters that it fails on are alone, and these are left
     /// out: that is at least always the same answer, and leaves every cut valid.
     fn encode_piece(&self, piece: Piece<'_>, untrusted: &[usize], ids: &mut Vec<TokenId>) {
+        if let Some(fast) = &self.fast {
+            let refused = |id| self.table.is_control(id);
+            if fast.encode(piece.text, refused, ids).is_some() {
+                return;
+            }
+        }
         let before = ids.len();
         if self.try_piece(piece, untrusted, ids).is_ok() {
             return;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use hotloop::template::{
     Call, KwargValue, Message, RenderInput, SpecialTokens, Template, TemplateError, ToolDef,
@@ -106,7 +107,7 @@ fn render(template: &Template, row: &Row) -> Expected {
         })
         .collect();
     let rendered = template.render(&RenderInput {
-        messages: &messages,
+        messages: Arc::new(messages),
         tools: tools.as_ref(),
         add_generation_prompt: row.add_generation_prompt,
         now: row.now.parse().unwrap(),

@@ -1,9 +1,13 @@
-//! What can be found out about a template by trying it: in which form it takes calls, and whether what follows a turn
-//! changes the text of that turn.
+//! What can be found out about a template by trying it: in which form it takes calls, whether what follows a turn
+//! changes the text of that turn, and whether a rendering that goes on gives what one from the start does.
+
+use std::sync::Arc;
 
 use jiff::civil::{DateTime, date};
 
-use super::{CALL_FORMS, Call, CallForm, Message, RenderInput, Template, ToolDef, ToolsValue};
+use super::{
+    CALL_FORMS, Call, CallForm, Message, Place, RenderInput, Template, ToolDef, ToolsValue,
+};
 
 /// Which appends a template is stable under: the text up to the end of what the model wrote last stays as it was.
 ///
@@ -64,6 +68,48 @@ pub(super) fn appends(template: &Template) -> Appends {
         tool_outputs: tool_outputs.is_stable(),
         user_messages: user_messages.is_stable(),
     }
+}
+
+/// Whether renderings that go on give what those from the start do, as conversations grow message by message. It
+/// follows from how the template was rewritten; a slip in that must not reach a prompt.
+pub(super) fn resumes(template: &Template) -> bool {
+    let tools = tools();
+    histories().into_iter().all(|history| {
+        let appended = [
+            turn(Some(REASONING), Some(ANSWER), 2),
+            output(),
+            output(),
+            user(),
+            turn(None, Some(ANSWER), 0),
+        ];
+        let whole = [history, appended.to_vec()].concat();
+        [None, tools.as_ref()].into_iter().all(|tools| {
+            let mut place: Option<Place> = None;
+            let mut before = String::new();
+            (1..=whole.len()).all(|len| {
+                let input = input(&whole[..len], tools, true);
+                let (Ok(all), Ok(on)) = (
+                    template.render(&input),
+                    template.render_on(&input, place.as_ref()),
+                ) else {
+                    // Both refuse, or one of them is wrong.
+                    return template.render(&input).is_err()
+                        == template.render_on(&input, place.as_ref()).is_err();
+                };
+                let [middle, end] = on.parts;
+                if !on.resumed {
+                    before.clear();
+                }
+                before += &middle;
+                let same = format!("{before}{end}") == all;
+                place = on.next;
+                if place.is_none() {
+                    before.clear();
+                }
+                same
+            })
+        })
+    })
 }
 
 /// How the cases of one kind of append went. A case that the template refuses says nothing.
@@ -181,12 +227,12 @@ fn tools() -> Option<ToolsValue> {
 }
 
 fn input<'a>(
-    messages: &'a [Message],
+    messages: &[Message],
     tools: Option<&'a ToolsValue>,
     add_generation_prompt: bool,
 ) -> RenderInput<'a> {
     RenderInput {
-        messages,
+        messages: Arc::new(messages.to_vec()),
         tools,
         add_generation_prompt,
         now: NOW,

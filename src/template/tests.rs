@@ -1,5 +1,7 @@
 //! Conversations through the repository's own templates: what a model sampled comes back byte for byte.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use jiff::civil::date;
 
 use super::*;
@@ -50,7 +52,7 @@ fn render_with(
 ) -> Result<String, TemplateError> {
     let now = date(2025, 3, 9).at(8, 5, 0, 0);
     template.render(&RenderInput {
-        messages,
+        messages: Arc::new(messages.to_vec()),
         tools,
         add_generation_prompt,
         now,
@@ -500,7 +502,7 @@ fn switches_reach_the_template() {
     let now = date(2025, 3, 9).at(0, 0, 0, 0);
     let messages = [Message::text("user", "Hi")];
     let input = RenderInput {
-        messages: &messages,
+        messages: Arc::new(messages.to_vec()),
         tools: None,
         add_generation_prompt: true,
         now,
@@ -589,4 +591,159 @@ fn a_tool_is_what_transformers_makes_of_a_function() {
 fn templates_and_messages_cross_threads() {
     fn shared<T: Send + Sync>() {}
     shared::<(Template, Message, ToolsValue)>();
+}
+
+/// A conversation that counts how often it is asked for a message.
+#[derive(Debug)]
+struct Counted {
+    messages: Vec<Message>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Messages for Counted {
+    fn len(&self) -> usize {
+        self.messages.len()
+    }
+
+    fn get(&self, at: usize) -> Option<Message> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.messages.as_slice().get(at).cloned()
+    }
+}
+
+/// Renders a conversation as it grows message by message, each time on from the last one, and compares that with a
+/// rendering from the start. Returns how often messages were asked for, by length.
+fn grows(source: &str, messages: &[Message]) -> Vec<usize> {
+    let template = template(source);
+    let mut place: Option<Place> = None;
+    let mut before = String::new();
+    let mut counts = Vec::new();
+    for len in 1..=messages.len() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let conversation = Counted {
+            messages: messages[..len].to_vec(),
+            asked: asked.clone(),
+        };
+        let input = RenderInput {
+            messages: Arc::new(conversation),
+            tools: None,
+            add_generation_prompt: true,
+            now: date(2025, 3, 9).at(8, 5, 0, 0),
+            kwargs: &[],
+        };
+        let on = template.render_on(&input, place.as_ref());
+        counts.push(asked.load(Ordering::Relaxed));
+        let whole = template.render(&input);
+        let (Ok(on), Ok(whole)) = (&on, &whole) else {
+            assert_eq!(on.err(), whole.err(), "{source}");
+            place = None;
+            continue;
+        };
+        let [middle, end] = &on.parts;
+        if !on.resumed {
+            before.clear();
+        }
+        before += middle;
+        assert_eq!(
+            format!("{before}{end}"),
+            *whole,
+            "{source}\nwith {len} messages"
+        );
+        place = on.next.clone();
+    }
+    counts
+}
+
+/// A conversation with a system message, calls and outputs, and no user message but the first.
+fn agentic(steps: usize) -> Vec<Message> {
+    let mut messages = vec![
+        Message::text("system", "Be brief."),
+        Message::text("user", "Do it."),
+    ];
+    for step in 0..steps {
+        messages.push(called(&format!(r#"{{"step": {step}}}"#)));
+        messages.push(Message::tool_output(
+            "abcdefghi",
+            "f",
+            &format!("output {step}"),
+        ));
+    }
+    messages
+}
+
+#[test]
+fn rendering_goes_on_where_the_past_stays_as_it_is() {
+    let flat = [
+        SIM,
+        LLAMA,
+        PHI,
+        "{% for message in messages %}{{ message.content }}{{ loop.index }}{{ loop.first }}{{ loop.last }}{% endfor %}",
+        "{% for message in messages[1:] -%}\n {{ loop.previtem.role }}{{ loop.nextitem.role }} \n{% endfor %}!",
+        // What a round passes on to the next.
+        "{% set ns = namespace(n=0, last='') %}{% for message in messages %}{{ ns.n }}{{ ns.last }}\
+            {% set ns.n = ns.n + 1 %}{% if message.role == 'tool' %}{% set ns.last = message.content %}{% endif %}{% endfor %}",
+        "{% set ns = namespace(seen=none) %}{% for message in messages %}{{ ns.seen.role }}{% set ns.seen = message %}{% endfor %}",
+        "{%- macro show(message) %}[{{ message.role }}{{ bos_token }}]{% endmacro -%}\n\
+            {%- for message in messages %}{{ show(message) }}{%- endfor -%}\n",
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set rest = messages[1:] %}\
+            {% else %}{% set rest = messages %}{% endif %}\
+            {% for message in rest %}{% if loop.index0 > 0 and rest[loop.index0 - 1].role == 'tool' %}+{% endif %}\
+            {{ message.role }}{% if loop.last or rest[loop.index0 + 1].role != 'tool' %}.{% endif %}{% endfor %}",
+        // Loops of their own inside.
+        "{% for message in messages %}{% for call in message.tool_calls %}{{ loop.index }}{{ loop.last }}\
+            {% if loop.first %}{% break %}{% endif %}{% endfor %}{{ loop.index0 }}{% endfor %}{{ messages | length }}",
+        "{% for message in messages %}{% if message.role == 'user' %}{% continue %}{% endif %}{{ message.role }}{% endfor %}",
+    ];
+    for source in flat {
+        let counts = grows(source, &agentic(40));
+        let (early, late) = (&counts[20..22], &counts[80..82]);
+        assert_eq!(early, late, "{source}");
+    }
+    // It looks for a system message in all of them, and goes on all the same.
+    assert!(template(HERMES).resumes());
+    grows(HERMES, &agentic(20));
+}
+
+#[test]
+fn rendering_starts_anew_where_the_past_may_change() {
+    let sources = [
+        STRIPPING,
+        MISTRAL,
+        HARMONY,
+        "{% for message in messages %}{{ loop.length }}{{ message.role }}{% endfor %}",
+        "{% for message in messages %}{{ loop.revindex }}{% endfor %}",
+        "{% for message in messages %}{{ messages | length }}{% endfor %}",
+        "{% for message in messages %}{{ messages[-1].role }}{% endfor %}",
+        "{% for message in messages %}{% if messages[9] %}*{% endif %}{{ message.role }}{% endfor %}",
+        "{% for message in messages %}{{ messages[loop.index:] | length }}{% endfor %}",
+        "{% for message in messages %}{% if message in messages[3:] %}x{% endif %}{% endfor %}",
+        "{% for message in messages %}{{ loop.changed(message.role) }}{{ loop.cycle(1, 2) }}{% endfor %}",
+        "{% for message in messages %}{% if loop.index0 == 3 %}{% break %}{% endif %}{{ message.role }}{% endfor %}",
+        "{% for message in messages %}{{ message.role }}{% else %}none{% endfor %}",
+        "{% for message in messages if message.role == 'tool' %}{{ loop.index }}{% endfor %}",
+        "{% set count = messages | length %}{% for message in messages %}{{ count }}{% endfor %}",
+        "{% set ns = namespace(n=messages | length) %}{% for message in messages %}{{ ns.n }}{% endfor %}",
+        "{{ messages | length }}{% for message in messages %}{{ message.role }}{% endfor %}",
+        "{% set tools_seen = messages | selectattr('role', 'equalto', 'tool') | list %}\
+            {% for message in messages %}{{ message in tools_seen }}{% endfor %}",
+        "{% set rest = messages | list %}{% for message in rest %}{{ loop.last }}{% endfor %}",
+        // Namespaces that hold what cannot be carried over.
+        "{% set ns = namespace(all=none) %}{% for message in messages %}{{ ns.all | length }}{% set ns.all = messages %}{% endfor %}",
+        "{% set ns = namespace(in=none) %}{% for message in messages %}{{ ns.in.n }}\
+            {% set ns.in = namespace(n=loop.index) %}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% macro count() %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endmacro %}\
+            {% for message in messages %}{{ count() }}{% endfor %}",
+        "{% if messages[0].role == 'system' %}{% set ns = namespace(n=0) %}{% endif %}\
+            {% for message in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}",
+        "{% set c = cycler('a', 'b') %}{% for message in messages %}{{ c.next() }}{% endfor %}",
+        "{% set _hot = 1 %}{% for message in messages %}{{ _hot }}{% endfor %}",
+    ];
+    for source in sources {
+        grows(source, &agentic(10));
+    }
+    // Two loops, of which one is gone on with.
+    grows(
+        "{% for message in messages %}{{ loop.index }}{% endfor %}{% for m in messages %}{{ loop.last }}{% endfor %}",
+        &agentic(10),
+    );
 }

@@ -132,7 +132,7 @@ fn check_guard(tokenizer: &Tokenizer) -> Result<(), TokenizerError> {
 }
 
 /// The texts above, with the vocabulary's added tokens in all sorts of company.
-fn texts(added: &[AddedToken]) -> Vec<String> {
+pub(super) fn texts(added: &[AddedToken]) -> Vec<String> {
     let mut texts: Vec<String> = PROSE.iter().map(|&text| text.to_owned()).collect();
     texts.push(WHITE_SPACE.to_owned());
     texts.push(PROSE.concat() + WHITE_SPACE);
@@ -164,10 +164,10 @@ fn first_line(text: &str) -> &str {
 }
 
 /// Steele, Lea and Flood's generator: the same sequences on every machine.
-struct SplitMix(u64);
+pub(super) struct SplitMix(pub(super) u64);
 
 impl SplitMix {
-    fn next(&mut self) -> u64 {
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut bits = self.0;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -605,6 +605,23 @@ fn where_the_regex_engine_gives_up_pieces_still_encode_as_the_whole_does() {
 }
 
 #[test]
+fn the_fast_encoder_is_used_where_it_gives_the_same_tokens() {
+    let uses = |name: &str| subject(name).ours.has_fast_encoder();
+    assert!(["qwen", "llama3", "harmony"].into_iter().all(uses));
+    let sim = include_bytes!("../../models/sim/tokenizer.json");
+    assert!(Tokenizer::from_json(sim).unwrap().has_fast_encoder());
+    // A regular expression that it reads in another way, or not at all, keeps it out.
+    let words = edited(vocab::qwen(), |json| {
+        json["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] =
+            json!(r"(?=\p{L})\p{L}+?|\s+|.");
+    });
+    let words = Subject::new("words", &words);
+    for text in ["The agent reads", "x  y\n\nz 123 é日本"] {
+        assert_eq!(words.encode(text, true, &[]).ids, words.reference(text));
+    }
+}
+
+#[test]
 fn what_no_model_should_fail_on_costs_the_failing_character_only() {
     let mut llama3 = Subject::new("llama3", vocab::llama3());
     let broken = edited(vocab::llama3(), |json| {
@@ -613,6 +630,7 @@ fn what_no_model_should_fail_on_costs_the_failing_character_only() {
         json["model"]["unk_token"] = json!("absent");
     });
     llama3.ours.hf = HfTokenizer::from_bytes(broken).unwrap();
+    llama3.ours.fast = None;
     let encoded = llama3.encode("<|eot_id|>ab xx cdxé", true, &[]);
     assert_eq!(llama3.decode(&encoded.ids), "<|eot_id|>ab  cdé");
 }

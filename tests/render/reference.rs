@@ -298,7 +298,7 @@ pub fn full_text(
         kwargs.push(("reasoning_effort", KwargValue::Text(effort.as_str().into())));
     }
     family.artifacts.template.render(&RenderInput {
-        messages: &messages,
+        messages: Arc::new(messages),
         tools: tools.as_ref(),
         add_generation_prompt: generation_prompt,
         now: DATE.at(0, 0, 0, 0),

@@ -722,7 +722,7 @@ impl<'a> Rollout<'a> {
             // This template tells equal messages apart from others.
             return;
         }
-        assert!(committed.prompt_entries <= view.entries_end);
+        assert!(committed.prompt_entries <= view.entries.len());
         for (item, text) in said {
             let text = text.trim();
             // Normalised text reads differently, and late messages are in no prompt yet.

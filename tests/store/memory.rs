@@ -323,7 +323,7 @@ fn portrait(response: &Committed) -> String {
         (
             (id, tenant, root, parent, model, settings, date, affinity),
             (batches, input, output, pending, open_calls),
-            (entries, view.entries_end, view.visible, view.head.date()),
+            (entries, view.entries.len(), view.visible, view.head.date()),
             (
                 slices,
                 boundaries,

@@ -1,0 +1,311 @@
+//! The server under measurement: the program's own services in a process of its own, with a backend that answers as
+//! fast as it is told to.
+
+use std::{
+    collections::HashMap,
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use hotloop::{
+    archive::Archive,
+    auth::AuthLayer,
+    backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
+    config::Config,
+    drain::Drain,
+    files::{BuiltIn, Files},
+    model::{Artifacts, Model, Models},
+    proto::{
+        models_service_server::ModelsServiceServer,
+        responses_service_server::ResponsesServiceServer,
+    },
+    render::Heads,
+    server::health_and_reflection,
+    service::{Parts, Services},
+    session::{ParkedLimits, Sessions},
+    stream::Limits,
+    tokenizer::Encoded,
+    wire::RequestLimits,
+};
+use tokio::{net::TcpListener, time::Instant};
+
+use super::workload::Step;
+
+/// What tells this program to be a server, and which.
+const ROLE: &str = "HOTLOOP_BENCH_SERVER";
+
+/// The name of the encoder that is always right, and slow.
+pub const HUGGING_FACE: &str = "huggingface";
+
+/// A server in a process of its own; it ends with this handle.
+pub struct Server {
+    child: Child,
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// Starts this very program again, as a server of this kind: `echo`, or the backend's tokens a second, and behind
+    /// slashes the tokens of a chunk at most, and the encoder.
+    pub fn start(role: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .env(ROLE, role)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let stdout = child.stdout.take().unwrap();
+        BufReader::new(stdout).read_line(&mut line).unwrap();
+        let address = line.trim().parse().unwrap();
+        Self { child, address }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// In the process that is to be a server, serves and never returns.
+pub fn serve_if_told() {
+    let Ok(role) = std::env::var(ROLE) else {
+        return;
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        println!("{}", listener.local_addr().unwrap());
+        std::io::stdout().flush().unwrap();
+        if role == "echo" {
+            super::echo::serve(listener).await;
+        } else {
+            let mut parts = role.split('/');
+            let mut part = || parts.next().unwrap_or("0");
+            let (pace, chunk) = (part().parse().unwrap(), part().parse().unwrap());
+            serve(listener, pace, chunk, part()).await;
+        }
+    });
+    std::process::exit(0);
+}
+
+async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, tokenizer: &str) {
+    let config = Config::default();
+    let mut artifacts = Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap();
+    if tokenizer == HUGGING_FACE {
+        artifacts.tokenizer = artifacts.tokenizer.without_fast_encoder();
+    }
+    let artifacts = Arc::new(artifacts);
+    let model = Arc::new(Model {
+        name: "bench".into(),
+        backend: Arc::new(Answering::new(&artifacts, tokens_per_second, chunk)),
+        artifacts,
+        context_length: 1 << 24,
+        parameters: 0,
+        output_tokens_max: 1 << 20,
+    });
+    let drain = Drain::new(Duration::from_secs(1));
+    let sessions = Sessions::new(ParkedLimits {
+        bytes_max: 1 << 20,
+        tenant_bytes_max: 1 << 20,
+        time_max: Duration::from_secs(1),
+    });
+    let stream = &config.stream;
+    let services = Services::new(Parts {
+        models: Arc::new(Models::new(model, Vec::new())),
+        heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
+        archive: Archive::new(sessions),
+        limits: Limits {
+            age_max: Duration::from_secs(stream.age_secs_max),
+            go_away: Duration::from_secs(stream.go_away_secs),
+            lanes_max: stream.lanes_max,
+            sampling_max: stream.sampling_max,
+            waiting_max: stream.waiting_max,
+            held_time_max: Duration::from_secs(stream.held_secs_max),
+            send_time_max: Duration::from_secs(stream.send_secs_max),
+            events_queued_max: stream.events_queued_max,
+            commands_queued_max: stream.commands_queued_max,
+        },
+        request_limits: RequestLimits {
+            items_max: 1 << 20,
+            tools_max: config.request.tools_max,
+            item_bytes_max: config.request.item_bytes_max,
+        },
+        responses_held_max: 1 << 20,
+        streams_max: 1 << 20,
+        drain: drain.clone(),
+    });
+    let (_health, routes) = health_and_reflection().await.unwrap();
+    let responses = ResponsesServiceServer::new(services.clone());
+    let routes = routes
+        .add_service(responses.max_decoding_message_size(64 << 20))
+        .add_service(ModelsServiceServer::new(services));
+    let gate = AuthLayer::new(config.gate().unwrap());
+    let routes = routes.into_axum_router().layer(gate).into();
+    hotloop::server::serve(listener, routes, &config.server, drain)
+        .await
+        .unwrap();
+}
+
+/// A backend that answers with calls. How many tokens an answer has stands in the affinity of the conversation, by
+/// [`plan`], or is the seed of the sample.
+pub struct Answering {
+    before: Vec<u32>,
+    filler: u32,
+    behind: Vec<u32>,
+    between: Vec<u32>,
+    end: Vec<u32>,
+    /// 0: as fast as they are taken.
+    tokens_per_second: f64,
+    /// Tokens of a chunk at most; 0: all that are there.
+    chunk: usize,
+    /// How many answers each plan has given.
+    given: Mutex<HashMap<Arc<str>, usize>>,
+}
+
+/// How many of so many tokens are due each time that some are: those of the pace, and what has become due by then; all
+/// at once for a pace of 0.
+pub fn paced(count: usize, per_second: f64) -> impl futures::Stream<Item = usize> + Send + 'static {
+    let start = Instant::now();
+    stream::unfold(0, move |sent| async move {
+        if sent == count {
+            return None;
+        }
+        if per_second == 0.0 {
+            return Some((count - sent, count));
+        }
+        tokio::time::sleep_until(start + Duration::from_secs_f64((sent + 1) as f64 / per_second))
+            .await;
+        let due = (start.elapsed().as_secs_f64() * per_second) as usize;
+        let end = due.clamp(sent + 1, count);
+        Some((end - sent, end))
+    })
+}
+
+/// The affinity by which each sample of a rollout has its length and number of calls.
+pub fn plan(name: &str, steps: &[Step]) -> String {
+    let steps: Vec<String> = steps
+        .iter()
+        .map(|step| format!("{}x{}", step.output, step.fresh.len().max(1)))
+        .collect();
+    format!("{name};{}", steps.join(","))
+}
+
+impl Answering {
+    pub fn new(artifacts: &Artifacts, tokens_per_second: f64, chunk: usize) -> Self {
+        let encode = |text: &str| {
+            let mut encoded = Encoded::default();
+            artifacts.tokenizer.encode(text, false, &[], &mut encoded);
+            encoded.ids
+        };
+        let filler = encode(" the");
+        Self {
+            before: encode(
+                r#"<tool_call>
+{"name": "tool_1", "arguments": {"text": ""#,
+            ),
+            filler: filler[filler.len() - 1],
+            behind: encode("\"}}\n"),
+            between: encode("</tool_call>\n"),
+            end: encode("</tool_call><|im_end|>"),
+            tokens_per_second,
+            chunk,
+            given: Mutex::default(),
+        }
+    }
+
+    /// An answer of so many tokens, or of as few as these calls take.
+    fn answer(&self, tokens: usize, calls: usize) -> Vec<u32> {
+        let frame = self.before.len() + self.behind.len() + self.between.len();
+        let filler = (tokens / calls).saturating_sub(frame).max(1);
+        let mut answer = Vec::new();
+        for call in 0..calls {
+            answer.extend_from_slice(&self.before);
+            answer.extend(std::iter::repeat_n(self.filler, filler));
+            answer.extend_from_slice(&self.behind);
+            let last = call + 1 == calls;
+            answer.extend_from_slice(if last { &self.end } else { &self.between });
+        }
+        answer
+    }
+
+    /// How many tokens and calls the answer to this prompt has.
+    fn length(&self, prompt: &Prompt) -> (usize, usize) {
+        let Some((_, plan)) = prompt.affinity.split_once(';') else {
+            return (usize::try_from(prompt.sampling.seed).unwrap(), 1);
+        };
+        let mut given = self.given.lock().unwrap();
+        let at = given.entry(prompt.affinity.clone()).or_default();
+        *at += 1;
+        let step = plan.split(',').nth(*at - 1).unwrap();
+        let (tokens, calls) = step.split_once('x').unwrap();
+        (tokens.parse().unwrap(), calls.parse().unwrap())
+    }
+}
+
+impl Backend for Answering {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            kind: "bench",
+            keeps_cache: true,
+            prefill: false,
+            constrained_sampling: false,
+            logprobs: false,
+            reads_items: false,
+            sampling: true,
+        }
+    }
+
+    fn healthy(&self) -> bool {
+        true
+    }
+
+    fn sample(&self, prompt: Prompt) -> Chunks {
+        let (tokens, calls) = self.length(&prompt);
+        let tokens = self.answer(tokens, calls);
+        let end_token = tokens[tokens.len() - 1];
+        let chunk = match self.chunk {
+            0 => tokens.len(),
+            chunk => chunk,
+        };
+        paced(tokens.len(), self.tokens_per_second)
+            .scan(0, move |sent, due| {
+                let tokens = tokens[*sent..*sent + due].to_vec();
+                *sent += due;
+                futures::future::ready(Some(tokens))
+            })
+            .flat_map(move |tokens| {
+                let chunks = tokens.chunks(chunk).map(<[u32]>::to_vec);
+                stream::iter(chunks.collect::<Vec<_>>())
+            })
+            .map(move |tokens| {
+                let end = tokens.last() == Some(&end_token);
+                Ok(Chunk {
+                    finish: end.then_some(SampleEnd::Stop),
+                    tokens,
+                    ..Chunk::default()
+                })
+            })
+            .boxed()
+    }
+
+    fn prefill(&self, _: Prompt) -> BoxFuture<'static, Result<(), BackendError>> {
+        async { Ok(()) }.boxed()
+    }
+}
