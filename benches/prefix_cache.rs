@@ -12,10 +12,7 @@
     reason = "a benchmark that cannot run says so by panicking"
 )]
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, executor::block_on, stream::select_all};
 use hotloop::{
@@ -196,20 +193,7 @@ fn prompt(tenant: &str, tokens: &Rope, max_tokens: u32) -> Prompt {
         affinity: "bench".into(),
         tokens: tokens.clone(),
         recent: Vec::new(),
-        sampling: Sampling {
-            max_tokens,
-            end_tokens: Arc::default(),
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            seed: 0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Arc::default(),
-            top_logprobs: None,
-            grammar: None,
-            tools: Arc::default(),
-        },
+        sampling: Sampling::greedy(max_tokens),
     }
 }
 

@@ -17,7 +17,6 @@ mod support;
 
 use std::{
     path::PathBuf,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -327,20 +326,7 @@ fn prompt(affinity: String) -> Prompt {
         affinity: affinity.into(),
         tokens: Rope::default(),
         recent: Vec::new(),
-        sampling: Sampling {
-            max_tokens: u32::MAX,
-            end_tokens: Arc::default(),
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            seed: 0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Arc::default(),
-            top_logprobs: None,
-            grammar: None,
-            tools: Arc::default(),
-        },
+        sampling: Sampling::greedy(u32::MAX),
     }
 }
 

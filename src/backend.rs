@@ -123,6 +123,27 @@ pub struct Sampling {
     pub tools: Arc<[Arc<str>]>,
 }
 
+impl Sampling {
+    /// Always the likeliest token, at most so many of them, and nothing else asked for.
+    #[must_use]
+    pub fn greedy(max_tokens: u32) -> Self {
+        Self {
+            max_tokens,
+            end_tokens: Arc::default(),
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Arc::default(),
+            top_logprobs: None,
+            grammar: None,
+            tools: Arc::default(),
+        }
+    }
+}
+
 /// A piece of an answer.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Chunk {

@@ -726,6 +726,10 @@ fn rendering_starts_anew_where_the_past_may_change() {
         "{{ messages | length }}{% for message in messages %}{{ message.role }}{% endfor %}",
         "{% set tools_seen = messages | selectattr('role', 'equalto', 'tool') | list %}\
             {% for message in messages %}{{ message in tools_seen }}{% endfor %}",
+        "{% if messages | length > 4 %}{% set rest = messages | reject('none') %}{% else %}{% set rest = messages %}{% endif %}\
+            {% for message in rest %}{{ loop.index }}{{ loop.last }}{% endfor %}",
+        "{% set ns = namespace(it=none) %}{% for message in messages %}{{ ns.it | list | length }}\
+            {% set ns.it = messages | reverse %}{% endfor %}",
         "{% set rest = messages | list %}{% for message in rest %}{{ loop.last }}{% endfor %}",
         // Namespaces that hold what cannot be carried over.
         "{% set ns = namespace(all=none) %}{% for message in messages %}{{ ns.all | length }}{% set ns.all = messages %}{% endfor %}",

@@ -180,12 +180,19 @@ impl Trace {
 
     /// A loop over the conversation begins: what it goes over.
     fn begin(self: &Arc<Self>, id: usize, over: &Value, variables: &Value) -> Result<Value, Error> {
-        let view = over.downcast_object::<View>();
+        // Before the lock: looking at values may ask the conversation, which takes it too.
+        let variables = Kept::new(variables, KEPT_DEPTH_MAX);
+        let items = match over.downcast_object::<View>() {
+            Some(view) => Items::View(view),
+            None => Items::List(over.try_iter()?.collect()),
+        };
         let mut progress = self.state.lock();
-        if let Some(view) = view.as_ref().filter(|_| progress.followed.is_none()) {
-            let variables = Kept::new(variables, KEPT_DEPTH_MAX);
+        if let Items::View(view) = &items
+            && progress.followed.is_none()
+        {
             let place = progress.place.take().filter(|place| {
                 (place.id, place.start) == (id, view.start)
+                    && place.round < view.len()
                     && variables.as_ref() == Some(&*place.variables)
                     && place.head.as_bytes() == progress.text
             });
@@ -209,12 +216,8 @@ impl Trace {
             });
             progress.place = place;
             drop(progress);
-            return Ok(Items::View(Arc::clone(view)).from(first));
+            return Ok(items.from(first));
         }
-        let items = match view {
-            Some(view) => Items::View(view),
-            None => Items::List(over.try_iter()?.collect()),
-        };
         progress.others.push(Other {
             id,
             items: items.clone(),
@@ -226,9 +229,13 @@ impl Trace {
 
     /// A round of it begins: what stands in for its `loop`.
     fn enter(self: &Arc<Self>, id: usize, carried: &Value) -> Result<Value, Error> {
+        let carried: Arc<[Value]> = carried.try_iter()?.collect();
+        // Only what stands for itself can be carried over to another rendering.
+        let free =
+            |value: &Value| Kept::new(value, KEPT_DEPTH_MAX).is_some_and(|kept| kept.is_free());
+        let all_free = carried.iter().all(free);
         let mut progress = self.state.lock();
         let progress = &mut *progress;
-        let carried: Arc<[Value]> = carried.try_iter()?.collect();
         if let Some(followed) = progress
             .followed
             .as_mut()
@@ -238,10 +245,7 @@ impl Trace {
             let place = progress.place.take();
             let resumed = place.is_some();
             let carried = place.map_or(carried, |place| place.carried);
-            // Only what stands for itself can be carried over to another rendering.
-            let free =
-                |value: &Value| Kept::new(value, KEPT_DEPTH_MAX).is_some_and(|kept| kept.is_free());
-            if !carried.iter().all(free) {
+            if !resumed && !all_free {
                 followed.variables = None;
             }
             followed
@@ -452,7 +456,8 @@ impl Object for Round {
 /// A value, kept so that it can be told whether another one is the same.
 #[derive(Clone, Debug, PartialEq)]
 enum Kept {
-    Scalar(ValueKind, Value),
+    /// With whether it is a whole number: 1 and 1.0 are equal, and print differently.
+    Scalar(ValueKind, bool, Value),
     /// The conversation from a message on.
     View(usize),
     /// A message, by where it is: the same one stays there as long as it is kept.
@@ -491,7 +496,7 @@ impl Kept {
             ValueKind::Bytes,
         ];
         if scalars.contains(&kind) {
-            Some(Self::Scalar(kind, value.clone()))
+            Some(Self::Scalar(kind, value.is_integer(), value.clone()))
         } else if kind == ValueKind::Seq && few {
             let items = value.try_iter().ok()?.map(|item| Self::new(&item, depth));
             items.collect::<Option<_>>().map(Self::List)

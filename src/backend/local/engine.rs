@@ -658,13 +658,16 @@ mod tests {
     use futures::{FutureExt as _, StreamExt as _};
 
     use super::*;
-    use crate::backend::local::{
-        kv::{KvLayout, Pool},
-        tests::{
-            greedy, prompt_of, read, rope,
-            tiny_llama::{Family, TinyLlama},
+    use crate::backend::{
+        Sampling,
+        local::{
+            kv::{KvLayout, Pool},
+            tests::{
+                prompt_of, read, rope,
+                tiny_llama::{Family, TinyLlama},
+            },
+            weights::Weights,
         },
-        weights::Weights,
     };
 
     const LIMITS: Limits = Limits {
@@ -723,7 +726,11 @@ mod tests {
     }
 
     fn prompt(ids: std::ops::Range<u32>, max_tokens: u32) -> Prompt {
-        prompt_of("a", &rope(&Rope::default(), ids), greedy(max_tokens))
+        prompt_of(
+            "a",
+            &rope(&Rope::default(), ids),
+            Sampling::greedy(max_tokens),
+        )
     }
 
     #[test]
@@ -768,7 +775,7 @@ mod tests {
 
         // The last of the five was sampled, but not computed.
         let more = rope(&one.tokens, tokens.into_iter().chain([1, 2]));
-        let mut reader = stage.submit(prompt_of("a", &more, greedy(1)));
+        let mut reader = stage.submit(prompt_of("a", &more, Sampling::greedy(1)));
         stage.round();
         let chunk = reader.try_recv().unwrap().unwrap();
         assert_eq!(chunk.cached_tokens, Some(14));

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::{
     LoadError,
     config::{Config, Scaling},
-    weights::with_extension,
+    weights::{of_shape, with_extension},
 };
 
 /// What the rotation of long contexts is slowed by, for models that have it so.
@@ -172,19 +172,8 @@ impl Gguf {
 
     fn read(&mut self, name: &str, shape: &[usize]) -> std::result::Result<QTensor, LoadError> {
         let own = own_name(name);
-        let Some(info) = self.content.tensor_infos.get(&own) else {
-            return Err(LoadError::MissingTensor {
-                name: own,
-                shape: shape.to_vec(),
-            });
-        };
-        if info.shape.dims() != shape {
-            return Err(LoadError::TensorShape {
-                name: own,
-                expected: shape.to_vec(),
-                found: info.shape.dims().to_vec(),
-            });
-        }
+        let info = self.content.tensor_infos.get(&own);
+        let info = of_shape(info, |info| info.shape.dims(), &own, shape)?;
         let heads = self.paired.and_then(|(heads, kv_heads)| match name {
             _ if name.contains("q_proj") => Some(heads),
             _ if name.contains("k_proj") => Some(kv_heads),

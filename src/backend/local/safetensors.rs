@@ -12,7 +12,10 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{LoadError, weights::with_extension};
+use super::{
+    LoadError,
+    weights::{of_shape, with_extension},
+};
 use crate::files::Files;
 
 const SINGLE: &str = "model.safetensors";
@@ -96,19 +99,8 @@ impl Safetensors {
 
     /// The tensor in 32-bit floats.
     pub(super) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
-        let Some(entry) = self.tensors.remove(name) else {
-            return Err(LoadError::MissingTensor {
-                name: name.to_owned(),
-                shape: shape.to_vec(),
-            });
-        };
-        if entry.shape != shape {
-            return Err(LoadError::TensorShape {
-                name: name.to_owned(),
-                expected: shape.to_vec(),
-                found: entry.shape,
-            });
-        }
+        let entry = self.tensors.remove(name);
+        let entry = of_shape(entry, |entry| &entry.shape, name, shape)?;
         let dtype = match &*entry.dtype {
             "F32" => DType::F32,
             "F16" => DType::F16,

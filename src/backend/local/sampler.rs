@@ -239,12 +239,11 @@ fn logprob(logits: &[f32], token: u32, top: usize) -> TokenLogprob {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::local::tests::greedy;
 
     fn sampling(temperature: f32) -> Sampling {
         Sampling {
             temperature,
-            ..greedy(1000)
+            ..Sampling::greedy(1000)
         }
     }
 
@@ -368,12 +367,12 @@ mod tests {
         };
         let stops = Sampling {
             end_tokens: [7, 1].into(),
-            ..greedy(1)
+            ..Sampling::greedy(1)
         };
         assert_eq!(ends(stops, 9, &[0.0, 1.0])[0], Some(SampleEnd::Stop));
         let length = Some(SampleEnd::Length);
-        assert_eq!(ends(greedy(2), 9, &[0.0, 1.0]), [None, length]);
-        assert_eq!(ends(greedy(9), 2, &[0.0, 1.0]), [None, length]);
+        assert_eq!(ends(Sampling::greedy(2), 9, &[0.0, 1.0]), [None, length]);
+        assert_eq!(ends(Sampling::greedy(9), 2, &[0.0, 1.0]), [None, length]);
     }
 
     #[test]

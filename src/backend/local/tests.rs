@@ -55,23 +55,6 @@ pub(super) fn read(chunks: Chunks) -> Result<Whole, BackendError> {
     })
 }
 
-pub(super) fn greedy(max_tokens: u32) -> Sampling {
-    Sampling {
-        max_tokens,
-        end_tokens: Arc::default(),
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        seed: 0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Arc::default(),
-        top_logprobs: None,
-        grammar: None,
-        tools: Arc::default(),
-    }
-}
-
 pub(super) fn prompt_of(affinity: &str, tokens: &Rope, sampling: Sampling) -> Prompt {
     Prompt {
         response_id: ResponseId::default(),
@@ -109,7 +92,7 @@ fn sample(local: &Local, affinity: &str, tokens: &Rope, sampling: Sampling) -> W
 }
 
 fn failure(local: &Local, tokens: &Rope) -> String {
-    let chunks = local.sample(prompt_of("a", tokens, greedy(5)));
+    let chunks = local.sample(prompt_of("a", tokens, Sampling::greedy(5)));
     read(chunks).unwrap_err().to_string()
 }
 
@@ -122,7 +105,7 @@ const APART: f32 = 1e-4;
 fn likeliest(max_tokens: u32) -> Sampling {
     Sampling {
         top_logprobs: Some(2),
-        ..greedy(max_tokens)
+        ..Sampling::greedy(max_tokens)
     }
 }
 
@@ -174,7 +157,7 @@ fn the_cache_changes_no_answer() {
                     };
                     let affinity = ["a", "b"][random.random_range(0..2)];
                     let appended = rope(&conversations[from], some_tokens(&mut random, 15));
-                    let prefill = warm.prefill(prompt_of(affinity, &appended, greedy(1)));
+                    let prefill = warm.prefill(prompt_of(affinity, &appended, Sampling::greedy(1)));
                     match random.random_bool(0.5) {
                         true => assert_eq!(block_on(prefill), Ok(())),
                         // Still under way when the sample comes.
@@ -257,7 +240,7 @@ fn each_step_computes_what_is_new() {
     let mut conversation = rope(&Rope::default(), 0..20);
     let mut held = 0;
     for _ in 0..4 {
-        let answer = sample(&local, "a", &conversation, greedy(5));
+        let answer = sample(&local, "a", &conversation, Sampling::greedy(5));
         assert_eq!(answer.cached, held);
         // All but the last sampled token.
         held = conversation.len_tokens() as u32 + 4;
@@ -268,9 +251,12 @@ fn each_step_computes_what_is_new() {
         conversation = rope(&sampled, [1, 2, 3]);
     }
     // Again, and a fork from the middle: their own past is still there.
-    assert_eq!(sample(&local, "a", &conversation, greedy(1)).cached, held);
+    assert_eq!(
+        sample(&local, "a", &conversation, Sampling::greedy(1)).cached,
+        held
+    );
     let fork = rope(&rope(&Rope::default(), 0..20), [50, 51]);
-    assert_eq!(sample(&local, "a", &fork, greedy(1)).cached, 20);
+    assert_eq!(sample(&local, "a", &fork, Sampling::greedy(1)).cached, 20);
 }
 
 #[test]
@@ -279,12 +265,12 @@ fn a_prefill_leaves_the_last_token_to_compute() {
     let local = Local::load(dir.path(), options()).unwrap();
     let tokens = rope(&Rope::default(), 0..40);
     for _ in 0..2 {
-        let prefilled = local.prefill(prompt_of("a", &tokens, greedy(5)));
+        let prefilled = local.prefill(prompt_of("a", &tokens, Sampling::greedy(5)));
         assert_eq!(block_on(prefilled), Ok(()));
     }
-    assert_eq!(sample(&local, "a", &tokens, greedy(1)).cached, 39);
+    assert_eq!(sample(&local, "a", &tokens, Sampling::greedy(1)).cached, 39);
     let more = rope(&tokens, [1]);
-    assert_eq!(sample(&local, "b", &more, greedy(1)).cached, 40);
+    assert_eq!(sample(&local, "b", &more, Sampling::greedy(1)).cached, 40);
 }
 
 #[test]
@@ -295,7 +281,7 @@ fn seeds_reproduce_whatever_else_is_sampled() {
     let seeded = |seed| Sampling {
         temperature: 1.5,
         seed,
-        ..greedy(12)
+        ..Sampling::greedy(12)
     };
     let alone = sample(&local, "a", &tokens, seeded(1)).tokens;
     let together = [1, 2, 1].map(|seed| local.sample(prompt_of("a", &tokens, seeded(seed))));
@@ -309,14 +295,14 @@ fn a_sample_ends_with_its_end_token() {
     let dir = model(Family::Llama);
     let local = Local::load(dir.path(), options()).unwrap();
     let tokens = rope(&Rope::default(), 0..10);
-    let free = sample(&local, "a", &tokens, greedy(8));
+    let free = sample(&local, "a", &tokens, Sampling::greedy(8));
     assert_eq!((free.tokens.len(), free.finish), (8, SampleEnd::Length));
     let end = free.tokens[3];
     let first = free.tokens.iter().position(|token| *token == end).unwrap();
     let stopping = Sampling {
         end_tokens: [end].into(),
         top_logprobs: Some(3),
-        ..greedy(8)
+        ..Sampling::greedy(8)
     };
     let stopped = sample(&local, "a", &tokens, stopping);
     assert_eq!(stopped.tokens, free.tokens[..=first]);
@@ -339,15 +325,15 @@ fn a_reader_that_does_not_read_stalls_nobody() {
     };
     let local = Local::load(dir.path(), options).unwrap();
     let tokens = rope(&Rope::default(), 0..10);
-    let unread = local.sample(prompt_of("a", &tokens, greedy(60)));
-    let other = sample(&local, "a", &tokens, greedy(60));
-    let dropped = local.sample(prompt_of("a", &tokens, greedy(4000)));
+    let unread = local.sample(prompt_of("a", &tokens, Sampling::greedy(60)));
+    let other = sample(&local, "a", &tokens, Sampling::greedy(60));
+    let dropped = local.sample(prompt_of("a", &tokens, Sampling::greedy(4000)));
     drop(dropped);
     assert_eq!(other.tokens.len(), 60);
     // Reading wakes the engine, and nothing is lost.
     assert_eq!(read(unread).unwrap().tokens, other.tokens);
     // What was accepted ends although the engine is dropped.
-    let unread = local.sample(prompt_of("a", &tokens, greedy(60)));
+    let unread = local.sample(prompt_of("a", &tokens, Sampling::greedy(60)));
     drop(local);
     assert_eq!(read(unread).unwrap().tokens, other.tokens);
 }
@@ -360,7 +346,7 @@ fn too_many_samples_are_refused() {
         ..options()
     };
     let local = Local::load(dir.path(), options).unwrap();
-    let prompt = prompt_of("a", &rope(&Rope::default(), 0..10), greedy(60));
+    let prompt = prompt_of("a", &rope(&Rope::default(), 0..10), Sampling::greedy(60));
     let mut unread = [0, 1].map(|_| local.sample(prompt.clone()));
     let refused = read(local.sample(prompt.clone())).unwrap_err();
     assert_eq!(
@@ -395,9 +381,14 @@ fn the_context_is_a_limit() {
     let local = Local::load(dir.path(), options).unwrap();
     assert_eq!((local.vocab_size(), local.context_length()), (VOCAB, 32));
     let of = |count| rope(&Rope::default(), 0..count);
-    let full = sample(&local, "a", &of(30), greedy(50));
+    let full = sample(&local, "a", &of(30), Sampling::greedy(50));
     assert_eq!((full.tokens.len(), full.finish), (2, SampleEnd::Length));
-    assert_eq!(sample(&local, "a", &of(31), greedy(50)).tokens.len(), 1);
+    assert_eq!(
+        sample(&local, "a", &of(31), Sampling::greedy(50))
+            .tokens
+            .len(),
+        1
+    );
     assert_eq!(
         failure(&local, &of(32)),
         "the backend failed: the prompt has 32 tokens, the context of the model is 32"
@@ -457,7 +448,7 @@ fn half_floats_and_shards_are_read() {
     let tokens = rope(&Rope::default(), 0..10);
     let run = |dir: &Path| {
         let local = Local::load(dir, options()).unwrap();
-        sample(&local, "a", &tokens, greedy(10)).tokens
+        sample(&local, "a", &tokens, Sampling::greedy(10)).tokens
     };
     for half in [DType::F16, DType::BF16] {
         let whole = model(Family::Qwen3);

@@ -23,6 +23,30 @@ pub(super) fn with_extension(dir: &Path, extension: &str) -> Result<Vec<PathBuf>
     Ok(files.into_iter().collect())
 }
 
+/// The tensor of this name, where there is one, and it has this shape.
+pub(super) fn of_shape<T>(
+    tensor: Option<T>,
+    dims: impl Fn(&T) -> &[usize],
+    name: &str,
+    shape: &[usize],
+) -> Result<T, LoadError> {
+    let Some(tensor) = tensor else {
+        return Err(LoadError::MissingTensor {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+        });
+    };
+    let found = dims(&tensor);
+    if found != shape {
+        return Err(LoadError::TensorShape {
+            name: name.to_owned(),
+            expected: shape.to_vec(),
+            found: found.to_vec(),
+        });
+    }
+    Ok(tensor)
+}
+
 /// A model's tensors. Asked for by the names that they have in safetensors.
 pub(super) enum Weights {
     Safetensors(Safetensors),

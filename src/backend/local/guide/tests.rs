@@ -8,10 +8,7 @@ use super::*;
 use crate::{
     backend::{
         SampleEnd, Sampling,
-        local::{
-            sampler::{SampleError, Sampler},
-            tests::greedy,
-        },
+        local::sampler::{SampleError, Sampler},
     },
     parse::{Calls, Demand, Family, Markers, Parsed, ParserOptions, Piece},
     tokenizer::{DetokPiece, tests::vocab},
@@ -77,7 +74,7 @@ impl Stage {
             temperature,
             logit_bias: self.bias.clone(),
             end_tokens: self.end_tokens.clone(),
-            ..greedy(3000)
+            ..Sampling::greedy(3000)
         };
         let mut sampler = Sampler::new(sampling, usize::MAX, Some(guide));
         let mut random = StdRng::seed_from_u64(seed);
@@ -547,7 +544,7 @@ fn nothing_allows_what_the_grammar_forbids() {
         logit_bias: [(a, -100.0), (b, 100.0)].into(),
         top_logprobs: Some(1),
         end_tokens: stage.end_tokens.clone(),
-        ..greedy(9)
+        ..Sampling::greedy(9)
     };
     let mut sampler = Sampler::new(sampling, 9, Some(guide.unwrap()));
     let mut logits = vec![0.0; stage.tokenizer.vocab_size()];
@@ -563,7 +560,7 @@ fn nothing_allows_what_the_grammar_forbids() {
     let guide = stage
         .guides
         .guide(&"one".into(), &Arc::new(Grammar::Text("a".into())));
-    let mut sampler = Sampler::new(greedy(9), 9, Some(guide.unwrap()));
+    let mut sampler = Sampler::new(Sampling::greedy(9), 9, Some(guide.unwrap()));
     logits[a as usize] = f32::NEG_INFINITY;
     assert_eq!(sampler.sample(&logits), Err(SampleError::BadLogits));
 }
