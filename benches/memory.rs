@@ -19,7 +19,7 @@ use serde_json::json;
 use support::{
     client::{Client, connect, create, output, user},
     echo::EchoStream,
-    report::Report,
+    report::{Plot, Report, points},
     serve::{Server, serve_if_told},
     text::Texts,
 };
@@ -167,6 +167,19 @@ async fn run(options: Options) {
         json!({ "path": "hotloop", "measure": "idle", "grown_bytes": (later - grown).round() }),
     );
     report.write();
+    let line = |path: &str| {
+        let with = [("path", json!(path)), ("history_tokens", json!(0))];
+        let points = points(report.rows(), &with, "streams", "rss_bytes_per_stream");
+        (path.to_owned(), points)
+    };
+    Plot {
+        file: "memory",
+        title: "Memory of an idle stream",
+        x: "streams",
+        y: "bytes",
+        lines: ["hotloop", "bare"].map(line).into(),
+    }
+    .write();
 }
 
 /// Resident memory of a process in bytes, once nothing moves any more.

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use support::{
     client::{Client, call, connect, create, output, user},
     echo::EchoStream,
-    report::{Plot, Report, cpu_time, row},
+    report::{Plot, Report, cpu_time, points, row},
     serve::{HUGGING_FACE, Server, serve_if_told},
     text::Texts,
 };
@@ -112,14 +112,8 @@ async fn run(options: Options) {
     }
     report.write();
     let line = |path: &str, tokenizer: &str| {
-        let mut rows = report.rows().iter();
-        let first = &options.tokenizer[0];
-        let of = if path == "limit" { first } else { tokenizer };
-        let rows = rows
-            .by_ref()
-            .filter(|row| row["path"] == path && row["tokenizer"] == of);
-        let point = |row: &Value| Some((row["history_tokens"].as_f64()?, row["p50_us"].as_f64()?));
-        rows.filter_map(point).collect::<Vec<_>>()
+        let with = [("path", json!(path)), ("tokenizer", json!(tokenizer))];
+        points(report.rows(), &with, "history_tokens", "p50_us")
     };
     let mut lines = Vec::new();
     for tokenizer in &options.tokenizer {
@@ -127,7 +121,10 @@ async fn run(options: Options) {
             lines.push((format!("{path}, {tokenizer}"), line(path, tokenizer)));
         }
     }
-    lines.push(("a bare stream".to_owned(), line("limit", "")));
+    lines.push((
+        "a bare stream".to_owned(),
+        line("limit", &options.tokenizer[0]),
+    ));
     Plot {
         file: "overhead",
         title: "A step outside of the backend, p50",

@@ -29,7 +29,7 @@ mod support;
 #[path = "../tests/support/tiny_llama.rs"]
 mod tiny_llama;
 
-use support::report::{Report, cpu_time, percentile, row};
+use support::report::{Plot, Report, cpu_time, percentile, points, row};
 use tiny_llama::{Family, Size, TinyLlama};
 
 const VOCAB: u32 = 1024;
@@ -79,6 +79,16 @@ fn main() {
     let mut report = Report::new("prefix_cache");
     rows.into_iter().for_each(|row| report.push(row));
     report.write();
+    let with = [("measure", json!("decode"))];
+    let line = points(report.rows(), &with, "batch", "tokens_per_second");
+    Plot {
+        file: "prefix_cache",
+        title: "Decoding in this process",
+        x: "samples at once",
+        y: "tokens a second",
+        lines: vec![("all together".to_owned(), line)],
+    }
+    .write();
 }
 
 /// Time to the first token behind a history whose keys and values are kept, and behind one that

@@ -33,7 +33,7 @@ use hotloop::{
 use serde_json::{Value, json};
 use support::{
     client::{Client, connect, create, output, user},
-    report::{Report, percentile, row},
+    report::{Plot, Report, percentile, points, row},
     serve::{Answering, Server, plan, serve_if_told},
     text::Texts,
     workload::{Profile, Rollout, Step, read_trace},
@@ -53,7 +53,7 @@ struct Options {
     #[arg(long, value_delimiter = ',', default_values_t = [0, 100])]
     tools: Vec<u64>,
     /// How many rollouts of each kind.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     rollouts: u64,
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -157,6 +157,24 @@ async fn run(options: Options) {
         }
     }
     report.write();
+    let (kind, tools) = (&kinds[0].0, options.tools[0]);
+    let line = |lane: &&str| {
+        let with = [
+            ("profile", json!(kind)),
+            ("tool_ms", json!(tools)),
+            ("path", json!(lane)),
+        ];
+        let points = points(report.rows(), &with, "tokens_per_second", "total_ms");
+        ((*lane).to_owned(), points)
+    };
+    Plot {
+        file: "rollout",
+        title: &format!("Rollouts `{kind}`, tools that take {tools} ms"),
+        x: "tokens a second of the backend",
+        y: "ms in all",
+        lines: LANES.iter().map(line).collect(),
+    }
+    .write();
 }
 
 /// Adds a row for each lane, and prints what each takes beyond the ideal one.

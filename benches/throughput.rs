@@ -22,9 +22,10 @@ use serde_json::{Value, json};
 use support::{
     client::{Client, connect, create, user},
     echo::flood,
-    report::{Report, cpu_time, percentile},
+    report::{Plot, Report, cpu_time, percentile, points},
     serve::{Server, serve_if_told},
 };
+use tokio::task::{JoinError, JoinHandle};
 use tonic::transport::Channel;
 
 /// Bytes of a token's text in the answers of the backend: " the".
@@ -84,6 +85,51 @@ async fn run(options: Options) {
         row(&mut report, "paced", "bare", streams, pace, came);
     }
     report.write();
+    let line = |path: &str| {
+        let with = [("measure", json!("paced")), ("path", json!(path))];
+        let points = points(report.rows(), &with, "streams", "cpu_us_per_token");
+        (path.to_owned(), points)
+    };
+    Plot {
+        file: "throughput",
+        title: "What the server computes for a token",
+        x: "paced streams",
+        y: "µs",
+        lines: ["hotloop", "bare"].map(line).into(),
+    }
+    .write();
+}
+
+/// How many tokens had come by when.
+type Arrivals = Vec<(usize, Instant)>;
+
+/// Streams that run, each in a task that gives the arrivals of its tokens.
+struct Run {
+    start: Instant,
+    cpu: Duration,
+    pace: f64,
+}
+
+impl Run {
+    fn begin(server: &Server, pace: f64) -> Self {
+        Self {
+            start: Instant::now(),
+            cpu: cpu_time(server.id()),
+            pace,
+        }
+    }
+
+    async fn end(self, server: &Server, streams: Vec<JoinHandle<Arrivals>>, tokens: usize) -> Came {
+        let arrivals = join_all(streams).await;
+        let took = self.start.elapsed();
+        let late = |arrivals: Result<Arrivals, JoinError>| late(&arrivals.unwrap(), self.pace);
+        Came {
+            tokens,
+            took,
+            cpu: cpu_time(server.id()) - self.cpu,
+            late: arrivals.into_iter().flat_map(late).collect(),
+        }
+    }
 }
 
 async fn channels(url: &str, streams: usize) -> Vec<Channel> {
@@ -97,8 +143,7 @@ async fn ours(server: &Server, streams: usize, tokens: usize, pace: f64) -> Came
     for stream in 0..streams {
         clients.push(Client::open(channels[stream / STREAMS_PER_CONNECTION].clone()).await);
     }
-    let cpu = cpu_time(server.id());
-    let start = Instant::now();
+    let run = Run::begin(server, pace);
     let arrivals = clients.into_iter().map(|mut client| {
         tokio::spawn(async move {
             let create = create(None, vec![user("Go on.".to_owned())], tokens as u64);
@@ -125,24 +170,13 @@ async fn ours(server: &Server, streams: usize, tokens: usize, pace: f64) -> Came
             arrivals
         })
     });
-    let arrivals: Vec<_> = join_all(arrivals.collect::<Vec<_>>()).await;
-    let took = start.elapsed();
-    Came {
-        tokens: tokens * streams,
-        took,
-        cpu: cpu_time(server.id()) - cpu,
-        late: arrivals
-            .into_iter()
-            .flat_map(|arrivals| late(&arrivals.unwrap(), pace))
-            .collect(),
-    }
+    run.end(server, arrivals.collect(), tokens * streams).await
 }
 
 async fn theirs(server: &Server, streams: usize, tokens: usize, pace: f64) -> Came {
     let channels = channels(&server.url(), streams).await;
     let mut open = Vec::new();
-    let cpu = cpu_time(server.id());
-    let start = Instant::now();
+    let run = Run::begin(server, pace);
     for stream in 0..streams {
         open.push(
             flood(
@@ -163,17 +197,7 @@ async fn theirs(server: &Server, streams: usize, tokens: usize, pace: f64) -> Ca
             arrivals
         })
     });
-    let arrivals: Vec<_> = join_all(arrivals.collect::<Vec<_>>()).await;
-    let took = start.elapsed();
-    Came {
-        tokens: tokens * streams,
-        took,
-        cpu: cpu_time(server.id()) - cpu,
-        late: arrivals
-            .into_iter()
-            .flat_map(|arrivals| late(&arrivals.unwrap(), pace))
-            .collect(),
-    }
+    run.end(server, arrivals.collect(), tokens * streams).await
 }
 
 /// How much later than the pace each token came, where the earliest was in time.

@@ -12,11 +12,13 @@ use std::{
     net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{
     auth::{self, Gate, GateError, Keys, KeysError},
     backend::DeviceChoice,
+    stream::Limits,
 };
 use serde::{Deserialize, Serialize};
 
@@ -156,6 +158,24 @@ impl Default for Stream {
             events_queued_max: 64,
             commands_queued_max: 64,
             responses_held_max: 4096,
+        }
+    }
+}
+
+impl Stream {
+    /// As a stream takes them.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        Limits {
+            age_max: Duration::from_secs(self.age_secs_max),
+            go_away: Duration::from_secs(self.go_away_secs),
+            lanes_max: self.lanes_max,
+            sampling_max: self.sampling_max,
+            waiting_max: self.waiting_max,
+            held_time_max: Duration::from_secs(self.held_secs_max),
+            send_time_max: Duration::from_secs(self.send_secs_max),
+            events_queued_max: self.events_queued_max,
+            commands_queued_max: self.commands_queued_max,
         }
     }
 }

@@ -36,6 +36,13 @@ impl Report {
     }
 }
 
+/// The points of the rows that have these values, from one column to another.
+pub fn points(rows: &[Value], with: &[(&str, Value)], x: &str, y: &str) -> Vec<(f64, f64)> {
+    let fits = |row: &&Value| with.iter().all(|(key, value)| row[*key] == *value);
+    let point = |row: &Value| Some((row[x].as_f64()?, row[y].as_f64()?));
+    rows.iter().filter(fits).filter_map(point).collect()
+}
+
 /// Where results go.
 pub fn out() -> PathBuf {
     let out = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/bench");
@@ -103,6 +110,9 @@ impl Plot<'_> {
     pub fn write(&self) {
         let path = out().join(format!("{}.svg", self.file));
         let points = || self.lines.iter().flat_map(|(_, points)| points);
+        if points().next().is_none() {
+            return;
+        }
         let range = |of: fn(&(f64, f64)) -> f64| {
             let low = points().map(of).fold(f64::INFINITY, f64::min);
             let high = points().map(of).fold(0.0, f64::max);

@@ -27,7 +27,6 @@ use hotloop::{
     server::health_and_reflection,
     service::{Parts, Services},
     session::{ParkedLimits, Sessions},
-    stream::Limits,
     tokenizer::Encoded,
     wire::RequestLimits,
 };
@@ -126,22 +125,11 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         tenant_bytes_max: 1 << 20,
         time_max: Duration::from_secs(1),
     });
-    let stream = &config.stream;
     let services = Services::new(Parts {
         models: Arc::new(Models::new(model, Vec::new())),
         heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
         archive: Archive::new(sessions),
-        limits: Limits {
-            age_max: Duration::from_secs(stream.age_secs_max),
-            go_away: Duration::from_secs(stream.go_away_secs),
-            lanes_max: stream.lanes_max,
-            sampling_max: stream.sampling_max,
-            waiting_max: stream.waiting_max,
-            held_time_max: Duration::from_secs(stream.held_secs_max),
-            send_time_max: Duration::from_secs(stream.send_secs_max),
-            events_queued_max: stream.events_queued_max,
-            commands_queued_max: stream.commands_queued_max,
-        },
+        limits: config.stream.limits(),
         request_limits: RequestLimits {
             items_max: 1 << 20,
             tools_max: config.request.tools_max,

@@ -28,7 +28,6 @@ use crate::{
     service::{Parts, Services},
     session::{ParkedLimits, Sessions},
     store::{self, Embedded, Queue},
-    stream::Limits,
     wire::RequestLimits,
 };
 
@@ -63,17 +62,7 @@ pub(super) fn services(config: &Config, drain: &Drain) -> Result<Services, Serve
         models,
         heads,
         archive,
-        limits: Limits {
-            age_max: Duration::from_secs(stream.age_secs_max),
-            go_away: Duration::from_secs(stream.go_away_secs),
-            lanes_max: stream.lanes_max,
-            sampling_max: stream.sampling_max,
-            waiting_max: stream.waiting_max,
-            held_time_max: Duration::from_secs(stream.held_secs_max),
-            send_time_max: Duration::from_secs(stream.send_secs_max),
-            events_queued_max: stream.events_queued_max,
-            commands_queued_max: stream.commands_queued_max,
-        },
+        limits: stream.limits(),
         request_limits: RequestLimits {
             items_max: config.request.items_max,
             tools_max: config.request.tools_max,

@@ -108,7 +108,7 @@ async fn the_built_in_model_calls_a_tool_and_tells_its_output() {
     talk.append(&asked.response_id, vec![output]).await;
     let told = talk.round().await;
     assert_eq!(told.done.status(), ResponseStatus::Completed);
-    assert_eq!(told.text, "plan.md begins: # Garden");
+    assert_eq!(told.text, "plan.md begins: # Garden\n\nPlant the tulips.");
     // Only the output was new.
     let prompt = told.done.prompt.unwrap();
     assert!(

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import grpc
 
-import worlds
+import rollouts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -194,12 +194,12 @@ def main():
     options = arguments.parse_args()
 
     rng = random.Random(options.seed)
-    rollouts = [worlds.rollout(rng, options.split) for _ in range(options.count)]
+    drawn = [rollouts.rollout(rng, options.split) for _ in range(options.count)]
     families, lengths, mistakes = {}, {}, []
     total = collections.Counter()
     with grpc.insecure_channel(options.server) as channel:
         with concurrent.futures.ThreadPoolExecutor(options.streams) as pool:
-            for rollout, score, mistake in pool.map(lambda one: scored(channel, one, options), rollouts):
+            for rollout, score, mistake in pool.map(lambda one: scored(channel, one, options), drawn):
                 total += score
                 families.setdefault(rollout.family.split("+")[0], collections.Counter()).update(score)
                 lengths.setdefault(score["calls"], collections.Counter()).update(score)
@@ -208,9 +208,9 @@ def main():
     print("| task | rollouts | right | calls | right |\n| --- | --- | --- | --- | --- |")
 
     def row(name, score):
-        rollouts = f"{score['right'] / score['rollouts']:.1%}"
+        right = f"{score['right'] / score['rollouts']:.1%}"
         calls = f"{score['calls_right'] / score['calls']:.1%}" if score["calls"] else "-"
-        print(f"| {name} | {score['rollouts']} | {rollouts} | {score['calls']} | {calls} |")
+        print(f"| {name} | {score['rollouts']} | {right} | {score['calls']} | {calls} |")
 
     for name in sorted(families):
         row(name, families[name])

@@ -3,7 +3,7 @@
     python -m venv venv && venv/bin/pip install -r requirements.txt
     venv/bin/python train.py                 writes the directory above this one
 
-Everything that the model learns comes out of worlds.py, rendered by the model's own chat template. Only what the
+Everything that the model learns comes out of rollouts.py, rendered by the model's own chat template. Only what the
 assistant writes counts in the loss. Sizes grow while it trains, and copying comes first: a model of this size
 learns to use what it reads only once it has learned to repeat it.
 """
@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 
-import worlds
+import rollouts
 
 HOME = Path(__file__).resolve().parent.parent
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -66,10 +66,19 @@ GROWING_STEPS = 2200
 # Until this step many names are letters without order, which only copying token by token gets right.
 SOUP_STEPS, SOUP = 1200, 0.15
 # How much of the rest is recalling, at these steps and between them: a model that can copy learns it next.
-RECALLING = [(300, 0.0), (600, 0.35), (3200, 0.35), (3300, 0.12), (4200, 0.05)]
+RECALLING = [(300, 0.0), (600, 0.35), (3000, 0.35), (3200, 0.15), (4600, 0.08)]
+
+# Tasks that it learns early: of these every other one is drawn anew, so that there are more of the hard ones.
+EASY = {"talk", "look_up", "set_value", "follow_files", "follow_links", "look_up_chain", "read_text", "look_up_and_send"}
+
+# From this step on what it finds hard is most of what it sees: finding by how a name ends, recalling, and these tasks.
+HARD_STEPS = 5600
+FINDING, RECALLING_LATE, HARD_PART = 0.25, 0.2, 0.5
+HARD = {"find_in_folder", "read_values", "read_both", "look_up_several", "list_folder", "read_value", "no_tool"}
 
 # The learning rate at these steps, as a part of `--lr`, and between them on straight lines.
-RATES = [(0, 0.01), (100, 1.0), (1000, 1.0), (2200, 0.66), (3800, 0.66), (5200, 0.004)]
+RATES = [(0, 0.01), (100, 1.0), (1000, 1.0), (2200, 0.66), (4100, 0.66), (5600, 0.004)]
+RATES += [(5640, 0.4), (5950, 0.4), (6700, 0.004)]
 
 OPENED, CLOSED = "<|im_start|>assistant\n", "<|im_end|>"
 
@@ -98,7 +107,7 @@ def train_tokenizer(chat, size, seed, count=10000):
 
     def texts():
         for _ in range(count):
-            text = chat.render(worlds.rollout(rng, "train", soup=SOUP))
+            text = chat.render(rollouts.rollout(rng, "train", soup=SOUP))
             for literal in SPECIALS + MARKERS:
                 text = text.replace(literal, "\n")
             yield text
@@ -280,16 +289,32 @@ class Data:
         """One rollout at this step of the training."""
         grown = step / GROWING_STEPS
         names = {"soup": SOUP} if step < SOUP_STEPS else {}
+        if step >= HARD_STEPS:
+            return encode(self.tokenizer, self.chat.render(self.draw_hard()))
         if self.rng.random() < max(0.02, 0.7 - 5 * grown):
-            made = worlds.copying(self.rng, "train", **names)
+            made = rollouts.copying(self.rng, "train", **names)
         elif self.rng.random() < float(np.interp(step, *zip(*RECALLING))):
-            made = worlds.recalling(self.rng, "train", **names)
+            made = rollouts.recalling(self.rng, "train", **names)
         else:
             size = min(1.0, 0.2 + 1.6 * grown)
             if grown > 0.4 and self.rng.random() < 0.08:
                 size = self.rng.uniform(1.0, 3.0)
-            made = worlds.rollout(self.rng, "train", size, **names)
+            made = rollouts.rollout(self.rng, "train", size, **names)
+            if made.family in EASY and self.rng.random() < 0.5:
+                return self.draw(step)
         return encode(self.tokenizer, self.chat.render(made))
+
+    def draw_hard(self):
+        kind = self.rng.random()
+        if kind < FINDING:
+            return rollouts.finding(self.rng, "train")
+        if kind < FINDING + RECALLING_LATE:
+            return rollouts.recalling(self.rng, "train")
+        made = rollouts.rollout(self.rng, "train")
+        if self.rng.random() < HARD_PART:
+            while made.family.split("+")[0] not in HARD:
+                made = rollouts.rollout(self.rng, "train")
+        return made
 
     def next(self, step):
         if not self.ready:
@@ -352,7 +377,7 @@ def check(model, chat, tokenizer, seed, count=200):
     turns = right = 0
     losses = []
     for _ in range(count):
-        ids, written = encode(tokenizer, chat.render(worlds.rollout(rng, "heldout", 1.0)))
+        ids, written = encode(tokenizer, chat.render(rollouts.rollout(rng, "heldout", 1.0)))
         if len(ids) > model.cos.shape[0]:
             continue
         ids, written = torch.from_numpy(ids).long(), torch.from_numpy(written)
