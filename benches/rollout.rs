@@ -278,7 +278,7 @@ impl Player<'_> {
         from: Option<&Stand>,
         mut input: Vec<Item>,
     ) -> Stand {
-        let key = plan(&format!("{}-{name}", self.name), &leg.steps);
+        let key = format!("{}-{name}", self.name);
         let mut previous = from.map(|from| from.last.response_id.clone());
         let mut history = from.map_or_else(Vec::new, |from| from.history.clone());
         for step in 0.. {
@@ -294,6 +294,7 @@ impl Player<'_> {
                 };
                 Command::Create(Create {
                     prompt_cache_key: Some(key.clone()),
+                    logit_bias: plan(&leg.steps),
                     hold: lane == "held",
                     ..create(previous, input, 1)
                 })
@@ -321,9 +322,11 @@ impl Player<'_> {
         let Script { trunk, forks, .. } = self.script;
         let start = Instant::now();
         for (name, leg) in std::iter::once(trunk).chain(forks).enumerate() {
-            let key = plan(&format!("{}-{name}", self.name), &leg.steps);
+            let key = format!("{}-{name}", self.name);
+            let mut plan: Vec<(u32, f32)> = plan(&leg.steps).into_iter().collect();
+            plan.sort_by_key(|(at, _)| *at);
             for step in 0..leg.steps.len() {
-                let mut answer = backend.sample(prompt(key.clone()));
+                let mut answer = backend.sample(prompt(&key, &plan));
                 while answer.next().await.is_some() {}
                 if step + 1 < leg.steps.len() {
                     self.tools(leg, step, &[]).await;
@@ -337,14 +340,17 @@ impl Player<'_> {
     }
 }
 
-fn prompt(affinity: String) -> Prompt {
+fn prompt(affinity: &str, plan: &[(u32, f32)]) -> Prompt {
     Prompt {
         response_id: ResponseId::default(),
         tenant: "bench".into(),
         affinity: affinity.into(),
         tokens: Rope::default(),
         recent: Vec::new(),
-        sampling: Sampling::greedy(u32::MAX),
+        sampling: Sampling {
+            logit_bias: plan.into(),
+            ..Sampling::greedy(u32::MAX)
+        },
     }
 }
 

@@ -151,8 +151,8 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         .unwrap();
 }
 
-/// A backend that answers with calls. How many tokens an answer has stands in the affinity of the conversation, by
-/// [`plan`], or is the seed of the sample.
+/// A backend that answers with calls. How many tokens each answer to an affinity has says a [`plan`], or else the seed
+/// of the sample.
 pub struct Answering {
     before: Vec<u32>,
     filler: u32,
@@ -164,7 +164,7 @@ pub struct Answering {
     /// Tokens of a chunk at most; 0: all that are there.
     chunk: usize,
     /// How many answers each plan has given.
-    given: Mutex<HashMap<Arc<str>, usize>>,
+    given: Mutex<HashMap<Arc<str>, u32>>,
 }
 
 /// How many of so many tokens are due each time that some are: those of the pace, and what has become due by then; all
@@ -186,14 +186,18 @@ pub fn paced(count: usize, per_second: f64) -> impl futures::Stream<Item = usize
     })
 }
 
-/// The affinity by which each sample of a rollout has its length and number of calls.
-pub fn plan(name: &str, steps: &[Step]) -> String {
-    let steps: Vec<String> = steps
-        .iter()
-        .map(|step| format!("{}x{}", step.output, step.fresh.len().max(1)))
-        .collect();
-    format!("{name};{}", steps.join(","))
+/// What tells the backend how long each sample of a rollout is, and how many calls it has: a bias for a token with the
+/// number of each step, since that reaches a backend as it is. It is negative for two calls.
+pub fn plan(steps: &[Step]) -> HashMap<u32, f32> {
+    let step = |(at, step): (usize, &Step)| {
+        let sign = if step.fresh.len() > 1 { -1.0 } else { 1.0 };
+        (at as u32, sign * step.output as f32 / TOKENS_A_BIAS)
+    };
+    steps.iter().enumerate().map(step).collect()
 }
+
+/// Biases are at most 100.
+const TOKENS_A_BIAS: f32 = 100.0;
 
 impl Answering {
     pub fn new(artifacts: &Artifacts, tokens_per_second: f64, chunk: usize) -> Self {
@@ -235,15 +239,16 @@ impl Answering {
 
     /// How many tokens and calls the answer to this prompt has.
     fn length(&self, prompt: &Prompt) -> (usize, usize) {
-        let Some((_, plan)) = prompt.affinity.split_once(';') else {
+        let plan = &prompt.sampling.logit_bias;
+        if plan.is_empty() {
             return (usize::try_from(prompt.sampling.seed).unwrap(), 1);
-        };
+        }
         let mut given = self.given.lock().unwrap();
-        let at = given.entry(prompt.affinity.clone()).or_default();
-        *at += 1;
-        let step = plan.split(',').nth(*at - 1).unwrap();
-        let (tokens, calls) = step.split_once('x').unwrap();
-        (tokens.parse().unwrap(), calls.parse().unwrap())
+        let step = given.entry(prompt.affinity.clone()).or_default();
+        let (_, bias) = plan.iter().find(|(at, _)| *at == *step).unwrap();
+        *step += 1;
+        let tokens = (bias.abs() * TOKENS_A_BIAS).round() as usize;
+        (tokens, if *bias < 0.0 { 2 } else { 1 })
     }
 }
 
