@@ -216,7 +216,7 @@ impl Tokenizer {
         if vocab_size > VOCAB_SIZE_MAX {
             return Err(TokenizerError::TooLarge);
         }
-        let tokenizer = Self {
+        let mut tokenizer = Self {
             by_content: added
                 .iter()
                 .map(|token| (token.content.clone(), token.id))
@@ -233,7 +233,6 @@ impl Tokenizer {
             fast: None,
         };
         probe::check(&tokenizer)?;
-        let mut tokenizer = tokenizer;
         tokenizer.fast = tokenizer.load_fast(json);
         tokenizer.encoded_tokens.store(0, Ordering::Relaxed);
         Ok(tokenizer)
@@ -404,11 +403,10 @@ impl Tokenizer {
     /// the piece is halved until the characters that it fails on are alone, and these are left
     /// out: that is at least always the same answer, and leaves every cut valid.
     fn encode_piece(&self, piece: Piece<'_>, untrusted: &[usize], ids: &mut Vec<TokenId>) {
-        if let Some(fast) = &self.fast {
-            let refused = |id| self.table.is_control(id);
-            if fast.encode(piece.text, refused, ids).is_some() {
-                return;
-            }
+        if let Some(fast) = &self.fast
+            && fast.encode(piece.text, &self.table, ids).is_some()
+        {
+            return;
         }
         let before = ids.len();
         if self.try_piece(piece, untrusted, ids).is_ok() {

@@ -8,7 +8,7 @@
 use serde_json::Value;
 use tokenizers_fast::pipeline::{EncodeOptions, PipelineToken, PipelineTokenizer};
 
-use super::{Piece, TokenId, Tokenizer, probe::SplitMix};
+use super::{Piece, TokenId, Tokenizer, detok::Table, probe::SplitMix};
 
 /// Of a longer run of white space, or of anything else, the regular expressions of the first encoder may give up, which
 /// shows in its tokens.
@@ -44,8 +44,8 @@ impl Fast {
                 fields.insert(unused.to_owned(), Value::Null);
             }
         }
-        let text = tokenizers_fast::canonicalize_str(&value.to_string())
-            .map_err(|error| error.to_string())?;
+        tokenizers_fast::canonicalize_value(&mut value).map_err(|error| error.to_string())?;
+        let text = value.to_string();
         let pipeline = tokenizers_fast::from_json(&text).map_err(|error| error.to_string())?;
         Ok(Self {
             pipeline,
@@ -56,26 +56,26 @@ impl Fast {
         })
     }
 
-    /// Appends the tokens of a piece. `None` where it fails, or spells a token that `refused` says no to; then nothing
-    /// was appended.
-    pub(super) fn encode(
-        &self,
-        piece: &str,
-        refused: impl Fn(TokenId) -> bool,
-        ids: &mut Vec<TokenId>,
-    ) -> Option<()> {
-        if longest_run(piece) > RUN_BYTES_MAX {
+    /// Appends the tokens of a piece. `None` where it fails, or spells a control token; then nothing was appended.
+    pub(super) fn encode(&self, piece: &str, table: &Table, ids: &mut Vec<TokenId>) -> Option<()> {
+        if !piece.chars().all(is_settled) || longest_run(piece) > RUN_BYTES_MAX {
             return None;
         }
         let mut tokens: Vec<PipelineToken> = Vec::with_capacity(piece.len() / 3);
         let encoded = self.pipeline.encode_into(piece, &self.options, &mut tokens);
         encoded.ok()?;
-        if tokens.iter().any(|token| refused(token.id())) {
+        if tokens.iter().any(|token| table.is_control(token.id())) {
             return None;
         }
         ids.extend(tokens.iter().map(|token| token.id()));
         Some(())
     }
+}
+
+/// Whether all versions of Unicode say the same of the character. The two encoders know different ones, so that marks
+/// of scripts that are new to one of them stand in another order for the other, and letters are none.
+fn is_settled(char: char) -> bool {
+    matches!(char, '\0'..='\u{2FF}' | '\u{2010}'..='\u{2027}')
 }
 
 /// The length of the longest run of white space, or of what is none.
@@ -115,9 +115,8 @@ pub(super) fn agrees(tokenizer: &Tokenizer, fast: &Fast, texts: &[String]) -> bo
             at_start,
         };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        let refused = |id| tokenizer.table.is_control(id);
         // What it leaves to the first encoder is right by itself.
-        fast.encode(text, refused, &mut theirs).is_none()
+        fast.encode(text, &tokenizer.table, &mut theirs).is_none()
             || tokenizer.try_piece(piece, &[], &mut ours).is_ok() && ours == theirs
     };
     // Words in all company, and what a cut may leave behind.

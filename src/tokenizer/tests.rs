@@ -610,6 +610,10 @@ fn the_fast_encoder_is_used_where_it_gives_the_same_tokens() {
     assert!(["qwen", "llama3", "harmony"].into_iter().all(uses));
     let sim = include_bytes!("../../models/sim/tokenizer.json");
     assert!(Tokenizer::from_json(sim).unwrap().has_fast_encoder());
+    // Marks that only the newer Unicode of the two has an order for.
+    let marks = "\u{11370}\u{11d42}";
+    let qwen = subject("qwen");
+    assert_eq!(qwen.encode(marks, true, &[]).ids, qwen.reference(marks));
     // A regular expression that it reads in another way, or not at all, keeps it out.
     let words = edited(vocab::qwen(), |json| {
         json["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] =
