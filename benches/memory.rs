@@ -17,7 +17,7 @@ use clap::Parser;
 use hotloop::proto::connect_request::Command;
 use serde_json::json;
 use support::{
-    client::{Client, connect, create, output, user},
+    client::{Client, Step, connect, create, output, user},
     echo::EchoStream,
     report::{Plot, Report, points},
     serve::{Server, serve_if_told},
@@ -88,13 +88,7 @@ async fn run(options: Options) {
     let mut texts = Texts::new(1);
     let channel = connect(&server.url()).await;
     let mut first = Client::open(channel.clone()).await;
-    first
-        .step(Command::Create(create(
-            None,
-            vec![user("Hello.".to_owned())],
-            OUTPUT_TOKENS,
-        )))
-        .await;
+    begin(&mut first, "Hello.".to_owned()).await;
     let before = resident(server.id()).await;
     let mut clients = Vec::new();
     let (mut bytes, mut tokens) = (0, 0);
@@ -102,13 +96,7 @@ async fn run(options: Options) {
         let text = texts.of(options.history);
         bytes += text.len();
         let mut client = Client::open(channel.clone()).await;
-        let step = client
-            .step(Command::Create(create(
-                None,
-                vec![user(text)],
-                OUTPUT_TOKENS,
-            )))
-            .await;
+        let step = begin(&mut client, text).await;
         tokens += step.done.prompt.unwrap().tokens as usize;
         clients.push(client);
     }
@@ -127,13 +115,7 @@ async fn run(options: Options) {
 
     let server = Server::start("0");
     let mut client = Client::open(connect(&server.url()).await).await;
-    let mut last = client
-        .step(Command::Create(create(
-            None,
-            vec![user("Begin.".to_owned())],
-            OUTPUT_TOKENS,
-        )))
-        .await;
+    let mut last = begin(&mut client, "Begin.".to_owned()).await;
     let before = resident(server.id()).await;
     let mut bytes = 0;
     for _ in 0..options.steps {
@@ -180,6 +162,14 @@ async fn run(options: Options) {
         lines: ["hotloop", "bare"].map(line).into(),
     }
     .write();
+}
+
+/// Begins a conversation with this message.
+async fn begin(client: &mut Client, text: String) -> Step {
+    let input = vec![user(text)];
+    client
+        .step(Command::Create(create(None, input, OUTPUT_TOKENS)))
+        .await
 }
 
 /// Resident memory of a process in bytes, once nothing moves any more.

@@ -48,9 +48,7 @@ impl Conversation {
         for _ in 0..HISTORY_TOKENS / (2 * NEW_TOKENS) {
             for role in [Role::User, Role::Assistant] {
                 let text = texts.of(NEW_TOKENS);
-                for entry in entries(&[message(role, text)], &artifacts) {
-                    all.push_back_mut(entry);
-                }
+                all.extend(entries(&[message(role, text)], &artifacts));
             }
         }
         let past = Past {
@@ -59,9 +57,10 @@ impl Conversation {
         };
         let seen = Seen::new(&all, Visible::default());
         let rendered = render(&artifacts, &head, seen, true, past, None).unwrap();
-        for entry in entries(&[message(Role::User, texts.of(NEW_TOKENS))], &artifacts) {
-            all.push_back_mut(entry);
-        }
+        all.extend(entries(
+            &[message(Role::User, texts.of(NEW_TOKENS))],
+            &artifacts,
+        ));
         Self {
             artifacts,
             head,

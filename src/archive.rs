@@ -279,9 +279,7 @@ impl Tier {
             Some((_, Some(view))) => view.entries.clone(),
             None => Entries::new_sync(),
         };
-        for entry in own.flat_map(|batch| render::entries(batch, &artifacts)) {
-            entries.push_back_mut(entry);
-        }
+        entries.extend(own.flat_map(|batch| render::entries(batch, &artifacts)));
         let visible = record.visible;
         // Only another release could have made other messages of the same items.
         let fits =

@@ -529,9 +529,7 @@ impl Open {
         let compacts = entries
             .iter()
             .any(|entry| entry.speaker == Speaker::Summary);
-        for entry in entries {
-            self.entries.push_back_mut(entry);
-        }
+        self.entries.extend(entries);
         self.batches.push(batch);
         if compacts {
             self.visible = Visible::from_summary(&self.entries);

@@ -40,6 +40,7 @@ use regex::Regex;
 use sha2::{Digest, Sha256};
 
 pub use probe::Appends;
+pub use trace::Place;
 use trace::Trace;
 
 /// The names under which an environment keeps the template as it is, and rewritten so that a rendering can go on; they
@@ -111,10 +112,6 @@ pub struct RenderInput<'a> {
     pub kwargs: &'a [(&'a str, KwargValue)],
 }
 
-/// Where a later rendering of the same conversation may go on: a `place` for [`Template::render_on`].
-#[derive(Clone, Debug)]
-pub struct Place(trace::Place);
-
 /// What [`Template::render_on`] gives.
 #[derive(Debug)]
 pub struct Rendered {
@@ -124,6 +121,17 @@ pub struct Rendered {
     pub resumed: bool,
     /// The place of the second part. `None` where no rendering may go on from this one.
     pub next: Option<Place>,
+}
+
+impl Rendered {
+    /// All of a text that no rendering may go on from.
+    fn whole(text: String) -> Self {
+        Self {
+            parts: [String::new(), text],
+            resumed: false,
+            next: None,
+        }
+    }
 }
 
 /// The value of a template's own switch.
@@ -258,18 +266,9 @@ impl Template {
         place: Option<&Place>,
     ) -> Result<Rendered, TemplateError> {
         if !self.resumes {
-            let text = self.render(input)?;
-            return Ok(Rendered {
-                parts: [String::new(), text],
-                resumed: false,
-                next: None,
-            });
+            return self.render(input).map(Rendered::whole);
         }
-        let trace = Trace::new(
-            Arc::clone(&input.messages),
-            self.form,
-            place.map(|place| place.0.clone()),
-        );
+        let trace = Trace::new(Arc::clone(&input.messages), self.form, place.cloned());
         let mut context = self.context(input, trace.conversation());
         context.insert(loops::TRACE, Value::from_dyn_object(Arc::clone(&trace)));
         let rendered = self
@@ -280,22 +279,9 @@ impl Template {
                     .render_captured_to(Value::from(context), trace.sheet())
                     .map(drop)
             });
-        // Also after a failure: it takes apart what holds itself.
-        let outcome = trace.finish();
+        let text = trace.finish();
         rendered.map_err(|error| failure(&error))?;
-        let mut text = outcome.text;
-        if outcome.resumed {
-            text.drain(..outcome.head);
-        }
-        let (next, at) = outcome
-            .next
-            .map_or((None, 0), |(place, at)| (Some(Place(place)), at));
-        let tail = text.split_off(at - if outcome.resumed { outcome.head } else { 0 });
-        Ok(Rendered {
-            parts: [text, tail],
-            resumed: outcome.resumed,
-            next,
-        })
+        Ok(text)
     }
 
     /// Whether a rendering can leave out what stays as it is.

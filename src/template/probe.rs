@@ -6,7 +6,8 @@ use std::sync::Arc;
 use jiff::civil::{DateTime, date};
 
 use super::{
-    CALL_FORMS, Call, CallForm, Message, Place, RenderInput, Template, ToolDef, ToolsValue,
+    CALL_FORMS, Call, CallForm, Message, Place, RenderInput, Template, TemplateError, ToolDef,
+    ToolsValue,
 };
 
 /// Which appends a template is stable under: the text up to the end of what the model wrote last stays as it was.
@@ -84,32 +85,39 @@ pub(super) fn resumes(template: &Template) -> bool {
         ];
         let whole = [history, appended.to_vec()].concat();
         [None, tools.as_ref()].into_iter().all(|tools| {
-            let mut place: Option<Place> = None;
-            let mut before = String::new();
+            let mut growing = Growing::default();
             (1..=whole.len()).all(|len| {
                 let input = input(&whole[..len], tools, true);
-                let (Ok(all), Ok(on)) = (
-                    template.render(&input),
-                    template.render_on(&input, place.as_ref()),
-                ) else {
-                    // Both refuse, or one of them is wrong.
-                    return template.render(&input).is_err()
-                        == template.render_on(&input, place.as_ref()).is_err();
-                };
-                let [middle, end] = on.parts;
-                if !on.resumed {
-                    before.clear();
-                }
-                before += &middle;
-                let same = format!("{before}{end}") == all;
-                place = on.next;
-                if place.is_none() {
-                    before.clear();
-                }
-                same
+                growing.render(template, &input).ok() == template.render(&input).ok()
             })
         })
     })
+}
+
+/// A conversation that is rendered as it grows, each time on from the last rendering.
+#[derive(Default)]
+pub(super) struct Growing {
+    place: Option<Place>,
+    /// The text up to that place.
+    before: String,
+}
+
+impl Growing {
+    /// The whole text, of which the template rendered what it could not leave out.
+    pub(super) fn render(
+        &mut self,
+        template: &Template,
+        input: &RenderInput<'_>,
+    ) -> Result<String, TemplateError> {
+        let rendered = template.render_on(input, self.place.as_ref())?;
+        let [middle, end] = rendered.parts;
+        if !rendered.resumed {
+            self.before.clear();
+        }
+        self.before += &middle;
+        self.place = rendered.next;
+        Ok(format!("{}{end}", self.before))
+    }
 }
 
 /// How the cases of one kind of append went. A case that the template refuses says nothing.

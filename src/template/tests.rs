@@ -615,8 +615,7 @@ impl Messages for Counted {
 /// rendering from the start. Returns how often messages were asked for, by length.
 fn grows(source: &str, messages: &[Message]) -> Vec<usize> {
     let template = template(source);
-    let mut place: Option<Place> = None;
-    let mut before = String::new();
+    let mut growing = probe::Growing::default();
     let mut counts = Vec::new();
     for len in 1..=messages.len() {
         let asked = Arc::new(AtomicUsize::new(0));
@@ -631,25 +630,13 @@ fn grows(source: &str, messages: &[Message]) -> Vec<usize> {
             now: date(2025, 3, 9).at(8, 5, 0, 0),
             kwargs: &[],
         };
-        let on = template.render_on(&input, place.as_ref());
+        let text = growing.render(&template, &input);
         counts.push(asked.load(Ordering::Relaxed));
-        let whole = template.render(&input);
-        let (Ok(on), Ok(whole)) = (&on, &whole) else {
-            assert_eq!(on.err(), whole.err(), "{source}");
-            place = None;
-            continue;
-        };
-        let [middle, end] = &on.parts;
-        if !on.resumed {
-            before.clear();
-        }
-        before += middle;
         assert_eq!(
-            format!("{before}{end}"),
-            *whole,
+            text,
+            template.render(&input),
             "{source}\nwith {len} messages"
         );
-        place = on.next.clone();
     }
     counts
 }
@@ -733,6 +720,8 @@ fn rendering_starts_anew_where_the_past_may_change() {
         "{% set rest = messages | list %}{% for message in rest %}{{ loop.last }}{% endfor %}",
         // Namespaces that hold what cannot be carried over.
         "{% set ns = namespace(all=none) %}{% for message in messages %}{{ ns.all | length }}{% set ns.all = messages %}{% endfor %}",
+        "{% set ns = namespace(all=none) %}{% for message in messages %}{{ ns.all is none }}\
+            {% if loop.index0 == 6 %}{% set ns.all = messages %}{% endif %}{% endfor %}",
         "{% set ns = namespace(in=none) %}{% for message in messages %}{{ ns.in.n }}\
             {% set ns.in = namespace(n=loop.index) %}{% endfor %}",
         "{% set ns = namespace(n=0) %}{% macro count() %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endmacro %}\

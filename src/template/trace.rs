@@ -15,7 +15,7 @@ use minijinja::value::{Enumerator, Object, ObjectRepr, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 use parking_lot::Mutex;
 
-use super::{CallForm, Messages, Record};
+use super::{CallForm, Messages, Record, Rendered};
 
 /// Room for what a step usually adds behind the head.
 const STEP_BYTES: usize = 16 * 1024;
@@ -24,9 +24,10 @@ const STEP_BYTES: usize = 16 * 1024;
 const KEPT_ITEMS_MAX: usize = 64;
 const KEPT_DEPTH_MAX: usize = 8;
 
-/// Where a rendering of the same conversation, with more messages behind, may go on.
+/// Where a later rendering of the same conversation may go on: a `place` for
+/// [`Template::render_on`](super::Template::render_on).
 #[derive(Clone, Debug)]
-pub(super) struct Place {
+pub struct Place {
     /// The loop.
     id: usize,
     /// The message that its first round is for.
@@ -62,6 +63,7 @@ struct Progress {
 struct Followed {
     id: usize,
     start: usize,
+    items: Items,
     variables: Option<Arc<Kept>>,
     /// The text before it.
     head: Arc<str>,
@@ -75,17 +77,6 @@ struct Other {
     id: usize,
     items: Items,
     next: usize,
-}
-
-/// What a trace has found out.
-pub(super) struct Outcome {
-    /// The text; where `resumed` is set, without that of the rounds which were left out.
-    pub(super) text: String,
-    /// How much of it stands before the loop.
-    pub(super) head: usize,
-    pub(super) resumed: bool,
-    /// Where to go on next time, and where its text begins in `text`.
-    pub(super) next: Option<(Place, usize)>,
 }
 
 impl Trace {
@@ -119,47 +110,45 @@ impl Trace {
         Sheet(Arc::clone(self))
     }
 
-    pub(super) fn finish(&self) -> Outcome {
+    /// What was printed, without the rounds that were left out, and where to go on next time. To be asked for after a
+    /// failure too: it takes apart what holds itself.
+    pub(super) fn finish(&self) -> Rendered {
         let progress = std::mem::take(&mut *self.state.lock());
         // The template and its values are texts, so that this changes nothing.
-        let text = String::from_utf8(progress.text)
+        let mut text = String::from_utf8(progress.text)
             .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
         let Some(followed) = progress.followed else {
-            return Outcome {
-                text,
-                head: 0,
-                resumed: false,
-                next: None,
-            };
+            return Rendered::whole(text);
         };
-        let head = followed.head.len();
-        let count = self.messages.len().saturating_sub(followed.start);
         // The last round is always run again: nothing tells where the text of the one after it would begin.
         let round = followed
             .open
             .unwrap_or(usize::MAX)
-            .min(count.saturating_sub(1));
+            .min(followed.items.len().saturating_sub(1));
         let place = round
             .checked_sub(followed.first)
             .and_then(|at| followed.rounds.get(at));
-        let next = place
-            .zip(followed.variables)
-            .map(|((at, carried), variables)| {
-                let place = Place {
-                    id: followed.id,
-                    start: followed.start,
-                    round,
-                    head: followed.head,
-                    variables,
-                    carried: Arc::clone(carried),
-                };
-                (place, *at)
-            });
-        Outcome {
-            head,
-            resumed: followed.first > 0,
-            next,
-            text,
+        let resumed = followed.first > 0;
+        let left_out = if resumed { followed.head.len() } else { 0 };
+        text.drain(..left_out);
+        let Some(((at, carried), variables)) = place.zip(followed.variables) else {
+            return Rendered {
+                resumed,
+                ..Rendered::whole(text)
+            };
+        };
+        let tail = text.split_off(at - left_out);
+        Rendered {
+            parts: [text, tail],
+            resumed,
+            next: Some(Place {
+                id: followed.id,
+                start: followed.start,
+                round,
+                head: followed.head,
+                variables,
+                carried: Arc::clone(carried),
+            }),
         }
     }
 
@@ -179,7 +168,7 @@ impl Trace {
     }
 
     /// A loop over the conversation begins: what it goes over.
-    fn begin(self: &Arc<Self>, id: usize, over: &Value, variables: &Value) -> Result<Value, Error> {
+    fn begin(&self, id: usize, over: &Value, variables: &Value) -> Result<Value, Error> {
         // Before the lock: looking at values may ask the conversation, which takes it too.
         let variables = Kept::new(variables, KEPT_DEPTH_MAX);
         let items = match over.downcast_object::<View>() {
@@ -208,6 +197,7 @@ impl Trace {
             progress.followed = Some(Followed {
                 id,
                 start: view.start,
+                items: items.clone(),
                 variables,
                 head,
                 first,
@@ -228,7 +218,7 @@ impl Trace {
     }
 
     /// A round of it begins: what stands in for its `loop`.
-    fn enter(self: &Arc<Self>, id: usize, carried: &Value) -> Result<Value, Error> {
+    fn enter(&self, id: usize, carried: &Value) -> Result<Value, Error> {
         let carried: Arc<[Value]> = carried.try_iter()?.collect();
         // Only what stands for itself can be carried over to another rendering.
         let free =
@@ -251,12 +241,8 @@ impl Trace {
             followed
                 .rounds
                 .push((progress.text.len(), Arc::clone(&carried)));
-            let view = View {
-                trace: Arc::clone(self),
-                start: followed.start,
-            };
             return Ok(Value::from_object(Round {
-                items: Items::View(Arc::new(view)),
+                items: followed.items.clone(),
                 at: followed.first + followed.rounds.len() - 1,
                 resumed,
                 carried,

@@ -698,6 +698,16 @@ def look_up(w, r):
     r.answer(f"The {noun} of {subject} is {value}.")
 
 
+def look_up_at_once(w, r, ask, tools, facts):
+    """Calls for all of these facts, `(subject, noun, value)`, and the answer that tells them."""
+    r.user(phrase(w, ask))
+    r.call(
+        *(looked_up(w, tools[noun], subject, noun, value) for subject, noun, value in facts),
+        shuffled=w.rng if w.chance(0.3) else None,
+    )
+    r.answer("\n".join(f"The {noun} of {subject} is {value}." for subject, noun, value in facts))
+
+
 def look_up_several(w, r):
     """One thing of several subjects, at once."""
     noun = w.rng.choice(NOUNS)
@@ -713,12 +723,7 @@ def look_up_several(w, r):
         f"I need the {noun} of {names}",
         f"Look up the {noun} of {names}",
     )
-    r.user(phrase(w, ask))
-    r.call(
-        *(looked_up(w, tools[noun], subject, noun, value) for subject, value in zip(subjects, values)),
-        shuffled=w.rng if w.chance(0.3) else None,
-    )
-    r.answer("\n".join(f"The {noun} of {subject} is {value}." for subject, value in zip(subjects, values)))
+    look_up_at_once(w, r, ask, tools, [(subject, noun, value) for subject, value in zip(subjects, values)])
 
 
 def look_up_two(w, r):
@@ -733,12 +738,7 @@ def look_up_two(w, r):
         f"Get the {a} and {b} of {subject}",
         f"I need the {a} and the {b} of {subject}",
     )
-    r.user(phrase(w, ask))
-    r.call(
-        *(looked_up(w, tools[noun], subject, noun, value) for noun, value in zip(nouns, values)),
-        shuffled=w.rng if w.chance(0.3) else None,
-    )
-    r.answer("\n".join(f"The {noun} of {subject} is {value}." for noun, value in zip(nouns, values)))
+    look_up_at_once(w, r, ask, tools, [(subject, noun, value) for noun, value in zip(nouns, values)])
 
 
 def look_up_chain(w, r):
