@@ -294,8 +294,8 @@ pub struct Local {
 
 impl Local {
     /// Reads the model and starts the engine's thread. Takes as long as reading the weights
-    /// does, and about four bytes of memory a parameter. Whether there are so many is looked at
-    /// before.
+    /// does, and about four bytes of memory a parameter; on an accelerator as many as the file has.
+    /// Whether there are so many is looked at before.
     ///
     /// # Errors
     ///
@@ -317,11 +317,10 @@ impl Local {
                 max: config.context_length,
             });
         }
-        if device.is_cpu() {
-            weights.fit(device::available_bytes())?;
-        }
+        weights.fit(device::available_bytes(&device))?;
         let parameters = weights.parameters();
-        let pool = Pool::new(config.kv_layout(options.block_tokens), &device);
+        let dtype = weights.dtype();
+        let pool = Pool::new(config.kv_layout(options.block_tokens, dtype), &device);
         let model = Model::new(&config, weights, &device)?;
         tracing::info!(
             model = &*options.name,
@@ -330,6 +329,7 @@ impl Local {
             layers = config.layers,
             vocab_size = config.vocab_size,
             context_length,
+            dtype = dtype.as_str(),
             block_bytes = pool.block_bytes(),
             "model loaded"
         );

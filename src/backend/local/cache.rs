@@ -182,16 +182,20 @@ impl<'a> Best<'a> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Tensor};
 
     use super::*;
-    use crate::{backend::local::kv::KvLayout, ledger::Draft};
+    use crate::{
+        backend::local::{kv::KvLayout, tests::device},
+        ledger::Draft,
+    };
 
     const LAYOUT: KvLayout = KvLayout {
         layers: 1,
         kv_heads: 1,
         head_dim: 2,
         block_tokens: 4,
+        dtype: DType::F32,
     };
 
     fn rope(from: &Rope, ids: impl IntoIterator<Item = u32>) -> Rope {
@@ -206,7 +210,7 @@ mod tests {
         let mut tokens = prompt.tokens_from(0);
         tokens.extend(sampled);
         kv.make_room(tokens.len()).unwrap();
-        let zeros = Tensor::zeros((1, tokens.len(), 2), DType::F32, &Device::Cpu).unwrap();
+        let zeros = Tensor::zeros((1, tokens.len(), 2), DType::F32, &device()).unwrap();
         kv.write(0, &zeros, &zeros).unwrap();
         kv.commit(&tokens);
         Sequence {
@@ -233,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_prompt_finds_the_longest_beginning_whoever_holds_it() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let root = Rope::default();
         let system = rope(&root, 0..20);
@@ -264,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_running_sequence_is_found_as_far_as_it_is() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let prompt = rope(&Rope::default(), 0..20);
         let mut running = sequence(&pool, "a", &prompt, &[]);
@@ -277,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_continuation_takes_the_place_of_what_it_continues() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut cache = Cache::new(pool.clone(), usize::MAX);
         let mut prompt = rope(&Rope::default(), 0..8);
         cache.keep(sequence(&pool, "a", &prompt, &[]), None);
@@ -300,7 +304,7 @@ mod tests {
 
     #[test]
     fn the_budget_takes_from_the_least_recently_used() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut cache = Cache::new(pool.clone(), 6 * pool.block_bytes());
         let prompts: Vec<Rope> = (0..3)
             .map(|kind| rope(&Rope::default(), kind * 100..kind * 100 + 12))

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use candle_core::DType;
 use serde_json::Value;
 
 use super::{LoadError, kv::KvLayout};
@@ -138,12 +139,13 @@ impl Config {
         self.hidden_size * (attention + 3 * self.intermediate_size)
     }
 
-    pub(super) fn kv_layout(&self, block_tokens: usize) -> KvLayout {
+    pub(super) fn kv_layout(&self, block_tokens: usize, dtype: DType) -> KvLayout {
         KvLayout {
             layers: self.layers,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             block_tokens,
+            dtype,
         }
     }
 }

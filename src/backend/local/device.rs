@@ -52,9 +52,19 @@ pub(super) fn name(device: &Device) -> &'static str {
     }
 }
 
-/// The memory of this machine that a program could take now, in bytes, where the system tells.
-pub(super) fn available_bytes() -> Option<u64> {
-    available(&fs::read_to_string("/proc/meminfo").ok()?)
+/// The memory of this device that a program could take now, in bytes, where that can be told.
+pub(super) fn available_bytes(device: &Device) -> Option<u64> {
+    match device {
+        Device::Cpu => available(&fs::read_to_string("/proc/meminfo").ok()?),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => {
+            let (free, _) = candle_core::cuda::cudarc::driver::result::mem_get_info().ok()?;
+            Some(free as u64)
+        }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => None,
+        Device::Metal(_) => None,
+    }
 }
 
 fn available(meminfo: &str) -> Option<u64> {

@@ -654,7 +654,6 @@ impl Worker {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use candle_core::Device;
     use futures::{FutureExt as _, StreamExt as _};
 
     use super::*;
@@ -663,7 +662,7 @@ mod tests {
         local::{
             kv::{KvLayout, Pool},
             tests::{
-                prompt_of, read, rope,
+                device, prompt_of, read, rope,
                 tiny_llama::{Family, TinyLlama},
             },
             weights::Weights,
@@ -680,9 +679,9 @@ mod tests {
     fn model() -> (Model, KvLayout) {
         let dir = tempfile::tempdir().unwrap();
         TinyLlama::new(Family::Qwen3, 50).write(dir.path());
-        let (config, weights) = Weights::open(&dir.path().into(), &Device::Cpu).unwrap();
-        let model = Model::new(&config, weights, &Device::Cpu).unwrap();
-        (model, config.kv_layout(8))
+        let (config, weights) = Weights::open(&dir.path().into(), &device()).unwrap();
+        let layout = config.kv_layout(8, weights.dtype());
+        (Model::new(&config, weights, &device()).unwrap(), layout)
     }
 
     /// A worker that takes its rounds when the test says so.
@@ -697,7 +696,7 @@ mod tests {
     impl Stage {
         fn new(limits: Limits) -> Self {
             let (model, layout) = model();
-            let cache = Cache::new(Pool::new(layout, &Device::Cpu), usize::MAX);
+            let cache = Cache::new(Pool::new(layout, &device()), usize::MAX);
             let (jobs, incoming) = sync_channel(limits.accepted_max);
             Self {
                 worker: Worker::new(model, cache, limits, incoming),
@@ -872,7 +871,7 @@ mod tests {
                     layers: 1,
                     ..layout
                 },
-                &Device::Cpu,
+                &device(),
             ),
             usize::MAX,
         );

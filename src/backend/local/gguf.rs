@@ -251,7 +251,10 @@ mod tests {
     use crate::backend::local::{
         kv::Pool,
         model::{Model, Piece},
-        tests::tiny_llama::{FAMILIES, Family, TinyLlama},
+        tests::{
+            device,
+            tiny_llama::{FAMILIES, Family, TinyLlama},
+        },
         weights::Weights,
     };
 
@@ -331,9 +334,10 @@ mod tests {
     }
 
     fn logits(dir: &Path) -> Vec<f32> {
-        let (config, weights) = Weights::open(&dir.into(), &Device::Cpu).unwrap();
-        let model = Model::new(&config, weights, &Device::Cpu).unwrap();
-        let mut kv = Pool::new(config.kv_layout(8), &Device::Cpu).empty();
+        let (config, weights) = Weights::open(&dir.into(), &device()).unwrap();
+        let layout = config.kv_layout(8, weights.dtype());
+        let model = Model::new(&config, weights, &device()).unwrap();
+        let mut kv = Pool::new(layout, &device()).empty();
         let tokens: Vec<u32> = (0..60).map(|at| (at * at + 7 * at + 3) % 64).collect();
         let mut pieces = [Piece {
             kv: &mut kv,

@@ -18,12 +18,13 @@ pub(super) struct KvLayout {
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) block_tokens: usize,
+    pub(super) dtype: DType,
 }
 
 impl KvLayout {
     fn block_bytes(&self) -> usize {
         let floats = 2 * self.layers * self.kv_heads * self.head_dim * self.block_tokens;
-        floats * size_of::<f32>()
+        floats * self.dtype.size_in_bytes()
     }
 }
 
@@ -66,7 +67,7 @@ impl Pool {
     fn block(&self) -> Result<Block> {
         let layout = &self.layout;
         let shape = (layout.kv_heads, layout.block_tokens, layout.head_dim);
-        let zeros = || Tensor::zeros(shape, DType::F32, &self.device);
+        let zeros = || Tensor::zeros(shape, layout.dtype, &self.device);
         let layers = (0..layout.layers)
             .map(|_| Ok((zeros()?, zeros()?)))
             .collect::<Result<_>>()?;
@@ -212,19 +213,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::backend::local::tests::device;
 
     const LAYOUT: KvLayout = KvLayout {
         layers: 2,
         kv_heads: 2,
         head_dim: 2,
         block_tokens: 4,
+        dtype: DType::F32,
     };
 
     /// Every position holds its token's number, so that what is read tells what was written.
     fn append(kv: &mut Kv, tokens: &[u32]) {
         kv.make_room(tokens.len()).unwrap();
         for layer in 0..LAYOUT.layers {
-            let values = Tensor::new(tokens, &Device::Cpu).unwrap();
+            let values = Tensor::new(tokens, &device()).unwrap();
             let values = values.to_dtype(DType::F32).unwrap();
             let k = values
                 .reshape((1, tokens.len(), 1))
@@ -260,7 +263,7 @@ mod tests {
         fn sequences_are_independent(
             steps in prop::collection::vec((any::<prop::sample::Index>(), 0usize..12, 0usize..9, any::<bool>()), 1..25),
         ) {
-            let pool = Pool::new(LAYOUT, &Device::Cpu);
+            let pool = Pool::new(LAYOUT, &device());
             let mut sequences = vec![(pool.empty(), Vec::<u32>::new())];
             let mut next = 0;
             for (which, keep, count, in_place) in steps {
@@ -292,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_fork_takes_memory_only_for_what_is_its_own() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let block = pool.block_bytes();
         let mut one = pool.empty();
         append(&mut one, &[1, 2, 3, 4, 5]);
@@ -309,7 +312,7 @@ mod tests {
 
     #[test]
     fn what_is_not_committed_is_not_there() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut kv = pool.empty();
         append(&mut kv, &[1, 2]);
         kv.make_room(9).unwrap();
@@ -320,7 +323,7 @@ mod tests {
 
     #[test]
     fn the_last_block_goes_first() {
-        let pool = Pool::new(LAYOUT, &Device::Cpu);
+        let pool = Pool::new(LAYOUT, &device());
         let mut kv = pool.empty();
         append(&mut kv, &[1, 2, 3, 4, 5]);
         kv.drop_last_block();

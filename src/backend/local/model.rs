@@ -2,7 +2,7 @@
 
 use std::{ops::Range, thread};
 
-use candle_core::{Device, Module as _, Result, Tensor, quantized::QMatMul};
+use candle_core::{DType, Device, Module as _, Result, Tensor, quantized::QMatMul};
 use candle_nn::{
     ops::{rms_norm, softmax_last_dim},
     rotary_emb::rope_thd,
@@ -32,7 +32,7 @@ pub(super) struct Piece<'a> {
     pub(super) tokens: &'a [u32],
 }
 
-/// A model's weights, in 32-bit floats or quantised as the file has them, and how to compute with them.
+/// A model's weights, in floats or quantised as the file has them, and how to compute with them.
 pub(super) struct Model {
     embedding: QMatMul,
     layers: Vec<Layer>,
@@ -44,8 +44,9 @@ pub(super) struct Model {
     layer_size: usize,
     /// How far one position turns each pair of a head's dimensions.
     turns: Vec<f32>,
-    /// Where all of it is.
+    /// Where all of it is, and what it computes in.
     device: Device,
+    dtype: DType,
     scores_max: usize,
 }
 
@@ -171,6 +172,7 @@ impl Model {
         weights: Weights,
         device: &Device,
     ) -> std::result::Result<Self, LoadError> {
+        let dtype = weights.dtype();
         let mut loader = Loader { config, weights };
         let vocab = config.vocab_size as usize;
         let embedding = loader
@@ -200,6 +202,7 @@ impl Model {
             layer_size: config.layer_size(),
             turns: turns(&config.rotary, config.head_dim),
             device: device.clone(),
+            dtype,
             scores_max: match device.is_cpu() {
                 true => SCORES_MAX_CPU,
                 false => SCORES_MAX,
@@ -234,7 +237,8 @@ impl Model {
 
     /// The logits for the tokens behind the pieces that these rows came from.
     pub(super) fn logits(&self, rows: &Tensor) -> Result<Vec<Vec<f32>>> {
-        self.output.forward(&self.norm.forward(rows)?)?.to_vec2()
+        let logits = self.output.forward(&self.norm.forward(rows)?)?;
+        logits.to_dtype(DType::F32)?.to_vec2()
     }
 
     /// What the last token of each piece came to, the keys and values of all of them written.
@@ -381,7 +385,8 @@ impl Model {
             });
             at += held;
         }
-        let weights = softmax_last_dim(&joined(scores, 2)?)?;
+        let scores = joined(scores, 2)?.to_dtype(DType::F32)?;
+        let weights = softmax_last_dim(&scores)?.to_dtype(self.dtype)?;
         let mut parts = Vec::with_capacity(seen.len());
         let mut at = 0;
         for (_, v) in seen {
@@ -423,7 +428,7 @@ impl Model {
                 })
             })
             .collect();
-        Tensor::from_vec(values, shape, &self.device)
+        Tensor::from_vec(values, shape, &self.device)?.to_dtype(self.dtype)
     }
 
     /// The angles by which queries and keys at these positions are turned. Computed in 32-bit
@@ -434,7 +439,7 @@ impl Model {
             .collect();
         let tensor = |function: fn(f32) -> f32| {
             let values: Vec<f32> = angles.iter().copied().map(function).collect();
-            Tensor::from_vec(values, ((), self.turns.len()), &self.device)
+            Tensor::from_vec(values, ((), self.turns.len()), &self.device)?.to_dtype(self.dtype)
         };
         Ok(Angles {
             cos: tensor(f32::cos)?,
@@ -511,7 +516,10 @@ mod tests {
     use super::*;
     use crate::backend::local::{
         kv::Pool,
-        tests::tiny_llama::{FAMILIES, Family, TinyLlama},
+        tests::{
+            device,
+            tiny_llama::{FAMILIES, Family, TinyLlama},
+        },
     };
 
     const VOCAB: usize = 64;
@@ -526,9 +534,10 @@ mod tests {
     }
 
     fn read(dir: &Path) -> (Model, Pool) {
-        let (config, weights) = Weights::open(&dir.into(), &Device::Cpu).unwrap();
-        let model = Model::new(&config, weights, &Device::Cpu).unwrap();
-        (model, Pool::new(config.kv_layout(8), &Device::Cpu))
+        let (config, weights) = Weights::open(&dir.into(), &device()).unwrap();
+        let layout = config.kv_layout(8, weights.dtype());
+        let model = Model::new(&config, weights, &device()).unwrap();
+        (model, Pool::new(layout, &device()))
     }
 
     fn tokens(count: u32) -> Vec<u32> {

@@ -29,6 +29,7 @@ const HEADER_BYTES_MAX: u64 = 100_000_000;
 pub(super) struct Safetensors {
     tensors: HashMap<String, Entry>,
     device: Device,
+    dtype: DType,
 }
 
 /// A tensor that was not read yet.
@@ -80,10 +81,21 @@ impl Safetensors {
                 .map(|(name, view)| (name, Entry::new(&shard, first, view)));
             tensors.extend(entries);
         }
+        // A CPU computes in 32-bit floats; an accelerator in those that most of the model is in.
+        let own = tensors
+            .get("model.embed_tokens.weight")
+            .and_then(Entry::dtype);
+        let dtype = own.filter(|_| !device.is_cpu()).unwrap_or(DType::F32);
         Ok(Self {
             tensors,
             device: device.clone(),
+            dtype,
         })
+    }
+
+    /// What its tensors are taken as.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// How many numbers all tensors hold.
@@ -92,25 +104,20 @@ impl Safetensors {
         self.tensors.values().map(floats).sum()
     }
 
-    /// What all tensors take in 32-bit floats.
+    /// What all tensors take.
     pub(super) fn bytes(&self) -> u64 {
-        size_of::<f32>() as u64 * self.parameters()
+        self.dtype.size_in_bytes() as u64 * self.parameters()
     }
 
-    /// The tensor in 32-bit floats.
+    /// The tensor, as [`Safetensors::dtype`].
     pub(super) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
         let entry = self.tensors.remove(name);
         let entry = of_shape(entry, |entry| &entry.shape, name, shape)?;
-        let dtype = match &*entry.dtype {
-            "F32" => DType::F32,
-            "F16" => DType::F16,
-            "BF16" => DType::BF16,
-            other => {
-                return Err(LoadError::TensorDtype {
-                    name: name.to_owned(),
-                    dtype: other.to_lowercase(),
-                });
-            }
+        let Some(dtype) = entry.dtype() else {
+            return Err(LoadError::TensorDtype {
+                name: name.to_owned(),
+                dtype: entry.dtype.to_lowercase(),
+            });
         };
         let bytes = entry
             .read(dtype.size_in_bytes())
@@ -119,7 +126,7 @@ impl Safetensors {
                 source,
             })?;
         Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)
-            .and_then(|tensor| tensor.to_dtype(DType::F32)?.to_device(&self.device))
+            .and_then(|tensor| tensor.to_dtype(self.dtype)?.to_device(&self.device))
             .map_err(|source| LoadError::Convert {
                 name: name.to_owned(),
                 source,
@@ -136,6 +143,15 @@ impl Entry {
             shape: view.shape,
             first_byte: data + first,
             len_bytes: (end - first) as usize,
+        }
+    }
+
+    fn dtype(&self) -> Option<DType> {
+        match &*self.dtype {
+            "F32" => Some(DType::F32),
+            "F16" => Some(DType::F16),
+            "BF16" => Some(DType::BF16),
+            _ => None,
         }
     }
 

@@ -73,6 +73,11 @@ pub(super) fn rope(from: &Rope, ids: impl IntoIterator<Item = u32>) -> Rope {
     })
 }
 
+/// What the tests compute on: the accelerator that they were built for, where there is one.
+pub(super) fn device() -> Device {
+    DeviceChoice::Auto.open().unwrap()
+}
+
 fn model(family: Family) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     TinyLlama::new(family, VOCAB as usize).write(dir.path());
@@ -136,8 +141,9 @@ fn the_cache_changes_no_answer() {
             Local::load(dir.path(), options).unwrap()
         };
         let block = {
-            let (config, _) = Weights::open(&dir.path().into(), &Device::Cpu).unwrap();
-            Pool::new(config.kv_layout(BLOCK_TOKENS), &Device::Cpu).block_bytes()
+            let (config, weights) = Weights::open(&dir.path().into(), &device()).unwrap();
+            let layout = config.kv_layout(BLOCK_TOKENS, weights.dtype());
+            Pool::new(layout, &device()).block_bytes()
         };
         let cold = load(0);
         for blocks in [12, 1000] {
@@ -422,6 +428,27 @@ fn a_model_that_computes_no_numbers_fails_the_sample() {
     assert!(local.healthy());
 }
 
+/// On an accelerator a model is computed in the floats that its file has.
+#[test]
+fn half_floats_change_no_more_than_they_round() {
+    let tokens = rope(&Rope::default(), 0..40);
+    let sampling = Sampling {
+        top_logprobs: Some(3),
+        ..Sampling::greedy(1)
+    };
+    for family in FAMILIES {
+        let likeliest = |dtype| {
+            let dir = model(family);
+            let tensors = converted(family, DType::BF16, dtype);
+            save(dir.path(), "model.safetensors", &tensors);
+            let local = Local::load(dir.path(), options()).unwrap();
+            sample(&local, "a", &tokens, sampling.clone()).logprobs[0].logprob
+        };
+        let apart = (likeliest(DType::BF16) - likeliest(DType::F32)).abs();
+        assert!(apart < 0.1, "{family:?}: {apart}");
+    }
+}
+
 /// The model's tensors in this type, through it also where they are stored as 32-bit floats.
 fn converted(family: Family, through: DType, to: DType) -> Vec<(String, Tensor)> {
     let tensors = TinyLlama::new(family, VOCAB as usize).tensors();
@@ -447,7 +474,11 @@ fn save(dir: &Path, file: &str, tensors: &[(String, Tensor)]) {
 fn half_floats_and_shards_are_read() {
     let tokens = rope(&Rope::default(), 0..10);
     let run = |dir: &Path| {
-        let local = Local::load(dir, options()).unwrap();
+        let options = LocalOptions {
+            device: DeviceChoice::Cpu,
+            ..options()
+        };
+        let local = Local::load(dir, options).unwrap();
         sample(&local, "a", &tokens, Sampling::greedy(10)).tokens
     };
     for half in [DType::F16, DType::BF16] {

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::{Device, Tensor, quantized::QMatMul};
+use candle_core::{DType, Device, Tensor, quantized::QMatMul};
 
 use super::{LoadError, config::Config, gguf::Gguf, safetensors::Safetensors};
 use crate::files::Files;
@@ -66,6 +66,14 @@ impl Weights {
         Ok((config, Self::Safetensors(tensors)))
     }
 
+    /// What the model computes in.
+    pub(super) fn dtype(&self) -> DType {
+        match self {
+            Self::Safetensors(tensors) => tensors.dtype(),
+            Self::Gguf(_) => DType::F32,
+        }
+    }
+
     /// How many numbers the tensors hold.
     pub(super) fn parameters(&self) -> u64 {
         match self {
@@ -86,7 +94,7 @@ impl Weights {
         }
     }
 
-    /// The tensor in 32-bit floats.
+    /// The tensor, as [`Weights::dtype`].
     pub(super) fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
         match self {
             Self::Safetensors(tensors) => tensors.take(name, shape),
