@@ -18,6 +18,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // The rpc `Connect` takes the name of the generated constructor: clients use `new(channel)`.
         .build_transport(false)
+        // Events are moved more than once, and most are small: the large ones stand beside them.
+        .boxed(".hotloop.v1.ConnectResponse.event.done")
+        .boxed(".hotloop.v1.ConnectResponse.event.error")
+        .boxed(".hotloop.v1.ConnectResponse.event.output_item_added")
+        .boxed(".hotloop.v1.ConnectResponse.event.output_item_done")
         // The one-shot twin sends the very messages of the stream: the two are equal field by field.
         .extern_path(
             ".hotloop.v1.CreateResponse",

@@ -84,14 +84,23 @@ impl Turn {
     }
 }
 
-/// A request to stop a response, and who asked.
-#[derive(Debug, Default)]
+/// What stops a response: a request, with who asked, or what ends with it on its stream.
+#[derive(Debug)]
 pub struct Cancel {
     token: CancellationToken,
     request_id: OnceLock<RequestId>,
 }
 
 impl Cancel {
+    /// Stops also when `token` does, of which this is a child: so that a response looks at one place.
+    #[must_use]
+    pub fn with(token: &CancellationToken) -> Self {
+        Self {
+            token: token.child_token(),
+            request_id: OnceLock::new(),
+        }
+    }
+
     /// Asks for the stop. The first one to ask is answered.
     pub fn request(&self, request_id: RequestId) {
         let _ = self.request_id.set(request_id);
@@ -196,11 +205,8 @@ async fn drive(job: Job, shared: &Shared) {
         id,
         lane,
         request_id,
-        stops: Stops {
-            shared,
-            stays: create.continue_on_disconnect,
-            cancel,
-        },
+        stops: Stops { shared, cancel },
+        stays: create.continue_on_disconnect,
         deaf: false,
         controls: Some(controls),
         slot,
@@ -273,21 +279,22 @@ enum Stop {
 }
 
 /// What may stop a response.
+#[derive(Clone)]
 struct Stops<'a> {
     shared: &'a Shared,
-    /// Goes on when the client vanishes.
-    stays: bool,
     cancel: Arc<Cancel>,
 }
 
 impl Stops<'_> {
     /// Fires when the response must stop.
     async fn stopped(&self) -> Stop {
-        tokio::select! {
-            biased;
-            () = self.cancel.token.cancelled() => Stop::Cancelled,
-            () = self.shared.deadline.cancelled() => Stop::Interrupted,
-            () = self.shared.gone.cancelled(), if !self.stays => Stop::Gone,
+        self.cancel.token.cancelled().await;
+        if self.cancel.request_id.get().is_some() {
+            Stop::Cancelled
+        } else if self.shared.ends.deadline.is_cancelled() {
+            Stop::Interrupted
+        } else {
+            Stop::Gone
         }
     }
 }
@@ -320,6 +327,8 @@ struct Driver<'a> {
     lane: LaneName,
     request_id: RequestId,
     stops: Stops<'a>,
+    /// Goes on when the client vanishes.
+    stays: bool,
     /// The client has vanished: events go nowhere.
     deaf: bool,
     /// `None` once the client can send nothing more.
@@ -526,28 +535,29 @@ impl Driver<'_> {
         let prompt = open.begin_round();
         let mut chunks: Chunks = backend.sample(prompt);
         self.clock.mark(|timing| &mut timing.dispatched);
+        // Waited for all the while, once.
+        let stops = self.stops.clone();
+        let mut stopped = std::pin::pin!(stops.stopped());
         let mut first = true;
         loop {
             // Room for the events comes first: a client that does not read is not sampled for.
-            let permit = loop {
-                if self.deaf {
-                    break None;
-                }
+            let mut permit = shared.out.try_reserve();
+            while permit.is_none() && !self.deaf {
                 tokio::select! {
                     biased;
-                    stop = self.stops.stopped() => return stop.into_round(),
+                    stop = &mut stopped => return stop.into_round(),
                     control = receive(&mut self.controls) => self.control(control, open).await,
-                    permit = shared.out.reserve() => match permit {
-                        Ok(permit) => break Some(permit),
-                        Err(Gone) if self.stops.stays => self.deaf = true,
+                    room = shared.out.reserve() => match room {
+                        Ok(room) => permit = Some(room),
+                        Err(Gone) if self.stays => self.deaf = true,
                         Err(Gone) => return Ok(RoundEnd::Interrupted),
                     },
                 }
-            };
+            }
             let chunk = loop {
                 tokio::select! {
                     biased;
-                    stop = self.stops.stopped() => return stop.into_round(),
+                    stop = &mut stopped => return stop.into_round(),
                     control = receive(&mut self.controls) => self.control(control, open).await,
                     chunk = chunks.next() => break chunk,
                 }
@@ -596,7 +606,7 @@ impl Driver<'_> {
                     match &control {
                         Some(control) => self.clock = Clock::new(control.read_at),
                         // Nobody can answer the calls any more.
-                        None if next == Next::Await && self.shared.gone.is_cancelled() => {
+                        None if next == Next::Await && self.shared.ends.gone.is_cancelled() => {
                             return Err(Stop::Gone);
                         }
                         None => {}

@@ -10,7 +10,7 @@ use std::{
 
 use futures::{FutureExt as _, Stream, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     session::{Committed, Held},
     status::{bad_field, refusal, retry_later, unreadable},
     store::Missed,
-    stream::{self, Incoming, Limits, Outbox, Outgoing, Shared, StreamEnd},
+    stream::{self, Ends, Incoming, Limits, Outbox, Outgoing, Shared, StreamEnd},
     wire::{self, RequestLimits},
 };
 
@@ -117,8 +117,7 @@ impl Services {
             limits: parts.limits,
             slots: Arc::new(Semaphore::new(parts.limits.sampling_max)),
             out: out.clone(),
-            gone: CancellationToken::new(),
-            deadline: CancellationToken::new(),
+            ends: Ends::default(),
         });
         let inbound = until_broken(inbound, out.clone());
         let draining = parts.drain.draining();

@@ -119,10 +119,30 @@ pub struct Shared {
     pub out: Outbox,
     /// One permit a response that samples.
     pub slots: Arc<Semaphore>,
-    /// The client is gone.
-    pub gone: CancellationToken,
+    /// What ends responses before they are done.
+    pub ends: Ends,
+}
+
+/// What ends the responses of a stream before they are done.
+#[derive(Debug)]
+pub struct Ends {
     /// Time is up: what runs ends now.
     pub deadline: CancellationToken,
+    /// The client is gone.
+    pub gone: CancellationToken,
+    /// Either of them.
+    pub over: CancellationToken,
+}
+
+impl Default for Ends {
+    fn default() -> Self {
+        let deadline = CancellationToken::new();
+        Self {
+            gone: CancellationToken::new(),
+            over: deadline.child_token(),
+            deadline,
+        }
+    }
 }
 
 /// Why a stream ended otherwise than well.
@@ -188,6 +208,12 @@ impl Outbox {
                 Err(Gone)
             }
         }
+    }
+
+    /// Room for one batch, where there is some now.
+    #[must_use]
+    pub fn try_reserve(&self) -> Option<mpsc::Permit<'_, Batch>> {
+        self.sender.try_reserve().ok()
     }
 
     /// Sends a batch when there is room.
@@ -412,11 +438,11 @@ pub async fn run(
         let closing = reader.closing;
         tokio::select! {
             biased;
-            () = shared.out.sender.closed(), if !shared.gone.is_cancelled() => {
+            () = shared.out.sender.closed(), if !shared.ends.gone.is_cancelled() => {
                 reading = false;
                 reader.gone();
             }
-            () = shared.out.broken.cancelled(), if !shared.gone.is_cancelled() => {
+            () = shared.out.broken.cancelled(), if !shared.ends.gone.is_cancelled() => {
                 reading = false;
                 reader.gone();
             }
@@ -438,8 +464,8 @@ pub async fn run(
                 let left = cut.saturating_duration_since(Instant::now());
                 reader.go_away(Code::Draining, left.mul_f32(DRAIN_SHARE));
             }
-            () = sleep_until(closing), if closing.is_some() && !shared.deadline.is_cancelled() => {
-                shared.deadline.cancel();
+            () = sleep_until(closing), if closing.is_some() && !shared.ends.deadline.is_cancelled() => {
+                shared.ends.deadline.cancel();
             }
             // A client that floods commands and does not read what comes of them waits here, alone.
             incoming = inbound.next(), if reading && reader.answers.len() < limits.commands_queued_max => {
@@ -465,7 +491,8 @@ async fn sleep_until(when: Option<Instant>) {
 
 impl Reader {
     fn gone(&mut self) {
-        self.shared.gone.cancel();
+        self.shared.ends.gone.cancel();
+        self.shared.ends.over.cancel();
         self.answers.clear();
         self.open.clear();
     }
@@ -578,7 +605,10 @@ impl Reader {
         let parent = self.parent(lane, &create)?;
         let id = ResponseId::new();
         let (controls, receiver) = mpsc::channel(limits.commands_queued_max);
-        let cancel = Arc::new(Cancel::default());
+        let cancel = Arc::new(Cancel::with(match create.continue_on_disconnect {
+            true => &self.shared.ends.deadline,
+            false => &self.shared.ends.over,
+        }));
         let turn = Turn::default();
         self.lanes.insert(lane.clone(), turn.clone());
         let job = Job {

@@ -195,10 +195,10 @@ impl Peer {
 
     async fn item(&mut self, item: Item) {
         let item = Some(item);
-        self.say(Event::OutputItemDone(OutputItemDone {
+        self.say(Event::OutputItemDone(Box::new(OutputItemDone {
             output_index: 0,
             item,
-        }))
+        })))
         .await;
     }
 
@@ -214,21 +214,24 @@ impl Peer {
 
     async fn awaits(&mut self, samples: u32, call_ids: &[&str]) {
         let call_ids = call_ids.iter().map(|id| (*id).to_owned()).collect();
-        self.say(Event::Done(Done {
+        self.say(Event::Done(Box::new(Done {
             call_ids,
             ..done(ResponseStatus::AwaitingInput, samples)
-        }))
+        })))
         .await;
     }
 
     async fn completes(&mut self, samples: u32) {
-        self.say(Event::Done(done(ResponseStatus::Completed, samples)))
-            .await;
+        self.say(Event::Done(Box::new(done(
+            ResponseStatus::Completed,
+            samples,
+        ))))
+        .await;
     }
 
     async fn refuses(&mut self, code: &str, retry: Retry) {
         let response_id = std::mem::take(&mut self.response_id);
-        self.say(Event::Error(error(code, retry))).await;
+        self.say(Event::Error(Box::new(error(code, retry)))).await;
         self.response_id = response_id;
     }
 
@@ -687,12 +690,12 @@ async fn a_failed_response_whose_tools_ran_is_not_sampled_again() {
             ..done(ResponseStatus::Failed, 0)
         };
         peer.created("resp_1").await;
-        peer.say(Event::Done(failed())).await;
+        peer.say(Event::Done(Box::new(failed()))).await;
         // Nothing of it was seen: the same again.
         assert_eq!(peer.create().await, first);
         peer.created("resp_2").await;
         peer.item(reads("c1", "a")).await;
-        peer.say(Event::Done(failed())).await;
+        peer.say(Event::Done(Box::new(failed()))).await;
         let history = vec![user("the task"), reads("c1", "a"), output("c1", "alpha\n")];
         assert_eq!(
             peer.create().await,
@@ -901,7 +904,7 @@ async fn an_interruption_cancels_and_tells_what_was_used() {
             Command::Cancel(cancel) => assert_eq!(cancel.response_id, "resp_1"),
             other => panic!("not a cancel: {other:?}"),
         }
-        peer.say(Event::Done(done(ResponseStatus::Cancelled, 1)))
+        peer.say(Event::Done(Box::new(done(ResponseStatus::Cancelled, 1))))
             .await;
         peer.ends().await;
     };
@@ -930,7 +933,7 @@ async fn an_interruption_before_the_response_has_an_id_waits_for_it() {
         tokio::task::yield_now().await;
         peer.created("resp_1").await;
         assert!(matches!(peer.command().await, Command::Cancel(_)));
-        peer.say(Event::Done(done(ResponseStatus::Cancelled, 0)))
+        peer.say(Event::Done(Box::new(done(ResponseStatus::Cancelled, 0))))
             .await;
     };
     let interrupt = async { pressed.await.unwrap() };
@@ -995,10 +998,10 @@ async fn an_incomplete_answer_is_told_apart() {
             let mut peer = server.stream().await;
             peer.create().await;
             peer.created("resp_1").await;
-            peer.say(Event::Done(Done {
+            peer.say(Event::Done(Box::new(Done {
                 incomplete_reason: reason.into(),
                 ..done(ResponseStatus::Incomplete, 1)
-            }))
+            })))
             .await;
         };
         let (ended, _) = play(args, script).await;
@@ -1020,10 +1023,10 @@ async fn a_held_response_that_waited_too_long_is_continued() {
         // The append crosses the end of the response on the wire.
         peer.append().await;
         let append_id = peer.request_id.clone();
-        peer.say(Event::Done(Done {
+        peer.say(Event::Done(Box::new(Done {
             incomplete_reason: IncompleteReason::Interrupted.into(),
             ..done(ResponseStatus::Incomplete, 1)
-        }))
+        })))
         .await;
         peer.request_id = append_id;
         peer.refuses("response_not_open", Retry::Never).await;

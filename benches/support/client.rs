@@ -67,7 +67,7 @@ impl Client {
                         call_ids: done.call_ids.clone(),
                         first: first.unwrap_or_else(|| start.elapsed()),
                         whole: start.elapsed(),
-                        done,
+                        done: *done,
                         output,
                     };
                 }

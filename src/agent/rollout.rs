@@ -535,8 +535,8 @@ impl<W: Write> Rollout<W> {
             Some(Event::OutputItemDone(done)) if ours => {
                 self.on_item(done.item.unwrap_or_default());
             }
-            Some(Event::Done(done)) if ours => return self.on_done(done),
-            Some(Event::Error(error)) => return self.on_error(&request_id, error),
+            Some(Event::Done(done)) if ours => return self.on_done(*done),
+            Some(Event::Error(error)) => return self.on_error(&request_id, *error),
             Some(Event::GoAway(go_away)) => {
                 self.screen.note(&format!(
                     "the server will close the stream in {:.1} s ({})",

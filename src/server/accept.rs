@@ -4,7 +4,16 @@
 //! long one may stay silent before its preface, what happens when file descriptors run out, and
 //! an end for a server whose streams do not end by themselves.
 
-use std::{convert::Infallible, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -189,14 +198,29 @@ impl Server {
         tokio::select! {
             biased;
             _ = &mut draining => connection.as_mut().graceful_shutdown(),
-            ended = connection.as_mut() => return Ok(ended?),
+            ended = in_its_turn(connection.as_mut()) => return Ok(ended?),
         }
         tokio::select! {
             biased;
             () = &mut stopped => Ok(()),
-            ended = connection => Ok(ended?),
+            ended = in_its_turn(connection) => Ok(ended?),
         }
     }
+}
+
+/// Drives a connection whenever it is woken, but not before what else is ready has had its turn: so
+/// the events of all streams that are there by then leave in one write.
+async fn in_its_turn<C: Future + Unpin>(mut connection: C) -> C::Output {
+    let mut waited = false;
+    poll_fn(|cx| {
+        waited = !waited;
+        if waited {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Pin::new(&mut connection).poll(cx)
+    })
+    .await
 }
 
 /// Why a connection ended before its time.

@@ -40,10 +40,10 @@ pub fn response(sequence_number: u64, envelope: Envelope) -> pb::ConnectResponse
             tokens,
         }),
         Event::OutputItemAdded { output_index, item } => {
-            Wire::OutputItemAdded(pb::OutputItemAdded {
+            Wire::OutputItemAdded(Box::new(pb::OutputItemAdded {
                 output_index,
                 item: Some(item_message(&item)),
-            })
+            }))
         }
         Event::Delta {
             output_index,
@@ -67,12 +67,14 @@ pub fn response(sequence_number: u64, envelope: Envelope) -> pb::ConnectResponse
                 })
             }
         },
-        Event::OutputItemDone { output_index, item } => Wire::OutputItemDone(pb::OutputItemDone {
-            output_index,
-            item: Some(item_message(&item)),
-        }),
-        Event::Done(done) => Wire::Done(done_message(*done)),
-        Event::Error(error) => Wire::Error(error_message(&error)),
+        Event::OutputItemDone { output_index, item } => {
+            Wire::OutputItemDone(Box::new(pb::OutputItemDone {
+                output_index,
+                item: Some(item_message(&item)),
+            }))
+        }
+        Event::Done(done) => Wire::Done(Box::new(done_message(*done))),
+        Event::Error(error) => Wire::Error(Box::new(error_message(&error))),
         Event::GoAway {
             time_left,
             reason,

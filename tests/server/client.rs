@@ -217,7 +217,7 @@ impl Talk {
         let message = self.next().await;
         assert_eq!(message.request_id, request_id);
         match message.event {
-            Some(Event::Error(error)) => error,
+            Some(Event::Error(error)) => *error,
             other => panic!("not refused: {other:?}"),
         }
     }
@@ -285,7 +285,7 @@ impl Round {
         Self {
             messages,
             response_id,
-            done,
+            done: *done,
             text,
             calls,
         }

@@ -25,7 +25,6 @@ use hotloop::{
 };
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -148,8 +147,7 @@ impl Server {
             limits: STREAM,
             slots: Arc::new(Semaphore::new(STREAM.sampling_max)),
             out,
-            gone: CancellationToken::new(),
-            deadline: CancellationToken::new(),
+            ends: stream::Ends::default(),
         });
         let inbound = tokio_stream::wrappers::ReceiverStream::new(inbound);
         let run = stream::run(inbound, shared, std::future::pending());

@@ -114,7 +114,7 @@ impl Program {
         loop {
             let response = events.message().await.unwrap().unwrap();
             match response.event.unwrap() {
-                Event::Done(done) => return (response.response_id, done),
+                Event::Done(done) => return (response.response_id, *done),
                 Event::Error(error) => panic!("{error:?}"),
                 _ => {}
             }

@@ -486,7 +486,7 @@ async fn changed_tools_are_told_and_the_same_ones_change_nothing() {
 
 fn done_of(message: proto::ConnectResponse) -> Option<proto::Done> {
     match message.event {
-        Some(proto::connect_response::Event::Done(done)) => Some(done),
+        Some(proto::connect_response::Event::Done(done)) => Some(*done),
         _ => None,
     }
 }

@@ -38,7 +38,6 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 
 /// The clock is paused: this passes at once, when nothing else can happen any more.
 const NEVER: Duration = Duration::from_millis(100);
@@ -137,8 +136,7 @@ impl House {
             limits: self.limits,
             out,
             slots: slots.clone(),
-            gone: CancellationToken::new(),
-            deadline: CancellationToken::new(),
+            ends: stream::Ends::default(),
         });
         let request_limits = RequestLimits {
             items_max: 4_096,

@@ -248,6 +248,10 @@ impl Model {
             .flat_map(|piece| piece.tokens)
             .copied()
             .collect();
+        // A GPU would stop working altogether.
+        if let Some(token) = tokens.iter().find(|id| **id as usize >= self.vocab_size) {
+            candle_core::bail!("the model knows no token {token}");
+        }
         let all = self.rows(pieces, |piece| piece.tokens.len())?;
         let last = self.rows(pieces, |_| 1)?;
         let ends: Vec<u32> = all
