@@ -105,8 +105,8 @@ fn main() {
     how.jobs_max = how
         .jobs_max
         .max(*options.batches.iter().max().unwrap() as usize);
-    how.block_tokens = options.block_tokens.unwrap_or(how.block_tokens);
-    how.prefill_tokens_max = options.prefill_tokens.unwrap_or(how.prefill_tokens_max);
+    how.block_tokens = options.block_tokens;
+    how.prefill_tokens_max = options.prefill_tokens;
     if options.cpu {
         how.device = DeviceChoice::Cpu;
     }

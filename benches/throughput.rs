@@ -28,8 +28,8 @@ use support::{
 use tokio::task::{JoinError, JoinHandle};
 use tonic::transport::Channel;
 
-/// Bytes of a token's text in the answers of the backend: " the".
-const TOKEN_BYTES: usize = 4;
+/// What nearly every token of the backend's answers is.
+const TOKEN: &str = " the";
 /// About what an event with one token takes on the wire.
 const EVENT_BYTES: usize = 60;
 const STREAMS_PER_CONNECTION: usize = 50;
@@ -148,13 +148,17 @@ async fn ours(server: &Server, streams: usize, tokens: usize, pace: f64) -> Came
         tokio::spawn(async move {
             let create = create(None, vec![user("Go on.".to_owned())], tokens as u64);
             client.send(Command::Create(create)).await;
-            let mut bytes = 0;
+            let mut tokens = 0;
             let mut arrivals = Vec::new();
             while let Some(event) = client.next().await {
                 match event {
                     Event::FunctionCallArgumentsDelta(delta) => {
-                        bytes += delta.delta.len();
-                        arrivals.push((bytes / TOKEN_BYTES, Instant::now()));
+                        // What stands around the text of the call is other tokens.
+                        let more = delta.delta.matches(TOKEN).count();
+                        if more > 0 {
+                            tokens += more;
+                            arrivals.push((tokens, Instant::now()));
+                        }
                     }
                     Event::Done(_) => break,
                     Event::Error(error) => panic!("{error:?}"),

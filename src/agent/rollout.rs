@@ -184,10 +184,6 @@ struct Ran {
 }
 
 /// One thing that the loop reacts to.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it lives for one turn of the loop and is never stored"
-)]
 enum Happened {
     Interrupted,
     Message(ConnectResponse),

@@ -89,10 +89,12 @@ pub struct LocalOptions {
     /// More are refused as unavailable.
     pub accepted_max: usize,
     /// The most tokens of a prompt that are computed before running samples get their next turn.
-    pub prefill_tokens_max: usize,
+    /// `None`: 256 on a CPU, 2,048 on an accelerator.
+    pub prefill_tokens_max: Option<usize>,
     /// How many tokens a block of the cache holds. Memory is taken in blocks, and what two forks
-    /// share ends with one.
-    pub block_tokens: usize,
+    /// share ends with one. `None`: 128 on a CPU, 1,024 on an accelerator, which computes many
+    /// small products no faster than few large ones.
+    pub block_tokens: Option<usize>,
 }
 
 impl LocalOptions {
@@ -106,19 +108,19 @@ impl LocalOptions {
             context_length: None,
             jobs_max: 8,
             accepted_max: 64,
-            prefill_tokens_max: 256,
-            block_tokens: 128,
+            prefill_tokens_max: None,
+            block_tokens: None,
         }
     }
 
     fn check(&self) -> Result<(), LoadError> {
         let counts = [
-            ("jobs_max", self.jobs_max),
-            ("accepted_max", self.accepted_max),
+            ("jobs_max", Some(self.jobs_max)),
+            ("accepted_max", Some(self.accepted_max)),
             ("prefill_tokens_max", self.prefill_tokens_max),
             ("block_tokens", self.block_tokens),
         ];
-        match counts.into_iter().find(|(_, count)| *count == 0) {
+        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
             Some((option, _)) => Err(LoadError::ZeroOption { option }),
             None => Ok(()),
         }
@@ -320,7 +322,12 @@ impl Local {
         weights.fit(device::available_bytes(&device))?;
         let parameters = weights.parameters();
         let dtype = weights.dtype();
-        let pool = Pool::new(config.kv_layout(options.block_tokens, dtype), &device);
+        let (prefill_tokens_max, block_tokens) = match device.is_cpu() {
+            true => (256, 128),
+            false => (2048, 1024),
+        };
+        let block_tokens = options.block_tokens.unwrap_or(block_tokens);
+        let pool = Pool::new(config.kv_layout(block_tokens, dtype), &device);
         let model = Model::new(&config, weights, &device)?;
         tracing::info!(
             model = &*options.name,
@@ -340,7 +347,7 @@ impl Local {
                 context_length: context_length as usize,
                 jobs_max: options.jobs_max,
                 accepted_max: options.accepted_max,
-                prefill_tokens_max: options.prefill_tokens_max,
+                prefill_tokens_max: options.prefill_tokens_max.unwrap_or(prefill_tokens_max),
             },
         )
         .map_err(LoadError::Thread)?;

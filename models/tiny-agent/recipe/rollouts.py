@@ -203,7 +203,7 @@ def read_text(w, r):
         r.call(read(path, ""))
         r.answer(f"{path} is empty.")
         return
-    lines = w.text()
+    lines = w.settings(w.pairs()) if w.chance(0.12) else w.text()
     more = w.rng.randint(1, 900) if w.chance(0.2) else 0
     r.call(read(path, shown(lines, more)))
     r.answer(begins(path, lines))
@@ -529,8 +529,8 @@ def project_value(w, r):
     """A value of the project: of the file that tells it, which the folder's listing shows."""
     manifest = w.rng.choice(MANIFESTS)
     key = w.pick("version", "version", "name", "license", "author", "description", "edition", "language")
-    pairs = [(name, w.version() if name == "version" else w.value()) for name in w.keys(w.upto(1, 6)) if name != key]
-    value = w.version() if key == "version" else w.value()
+    pairs = [(name, w.value_of(name)) for name in w.keys(w.upto(1, 6)) if name != key]
+    value = w.version() if key == "version" else w.value_of(key)
     pairs.insert(w.rng.randint(0, len(pairs)), (key, value))
     of = w.pick("this project", "the project", "this repository", "this package")
     ask = w.pick(
@@ -598,7 +598,7 @@ def files_rollout(w):
         r.tools.insert(w.rng.randint(0, len(r.tools)), other)
     if w.chance(0.35):
         r.messages.append({"role": "system", "content": w.pick(AGENT, AGENT, w.rng.choice(SYSTEMS))})
-    if w.chance(0.03) and count == 1:
+    if w.chance(0.05) and count == 1:
         r.tools = [t for t in r.tools if t["function"]["name"] not in need]
         return without_tool(w, r, chosen[0][0])
     for task, _, _ in chosen:
@@ -978,6 +978,9 @@ def recalling(rng, split, **names):
     files = [(path, w.pairs(3, 8)) for path in paths]
     known = [(key, path, value) for path, pairs in files for key, value in pairs]
     asked = rng.sample(known, min(len(known), rng.randint(3, 8)))
+    if w.chance(0.4):
+        path, pairs = rng.choice(files)
+        asked[rng.randrange(len(asked))] = (rng.choice([key for key in KEYS if key not in dict(pairs)]), path, None)
     questions = joined(f"the {key} in {path}" for key, path, _ in asked)
     if w.chance(0.5):
         r.tools = [FILE_TOOLS["read_file"]]
@@ -986,7 +989,12 @@ def recalling(rng, split, **names):
     else:
         lines = [line for path, pairs in files for line in [path] + w.settings(pairs) + [""]]
         r.user("\n".join(lines) + f"\nTell me {questions}")
-    r.answer("\n".join(f"The {key} in {path} is {value}." for key, path, value in asked))
+    r.answer(
+        "\n".join(
+            f"{path} has no {key}." if value is None else f"The {key} in {path} is {value}."
+            for key, path, value in asked
+        )
+    )
     return r
 
 

@@ -9,8 +9,10 @@ learns to use what it reads only once it has learned to repeat it.
 """
 
 import argparse
+import concurrent.futures
 import json
 import math
+import multiprocessing
 import random
 import tempfile
 import time
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 import rollouts
@@ -61,24 +63,31 @@ class Chat:
         )
 
 
-# The measure of how rollouts grow: copying is most of the first tenth of these steps, and sizes are full at the half.
-GROWING_STEPS = 2200
+# Points of a course over the steps, with straight lines between them.
+#
+# How large the worlds of rollouts are, and how long chains get.
+SIZE = [(0, 0.2), (1100, 1.0)]
+# Which part of what it sees is copying, recalling and finding. A model that can copy learns to recall next, and then
+# to find what is told apart by what stands behind it.
+COPYING = [(0, 0.7), (300, 0.02)]
+RECALLING = [(300, 0.0), (600, 0.35), (3000, 0.35), (3200, 0.15)]
+FINDING = [(600, 0.0), (1500, 0.2)]
 # Until this step many names are letters without order, which only copying token by token gets right.
 SOUP_STEPS, SOUP = 1200, 0.15
-# How much of the rest is recalling, at these steps and between them: a model that can copy learns it next.
-RECALLING = [(300, 0.0), (600, 0.35), (3000, 0.35), (3200, 0.15), (4600, 0.08)]
+# From this step on some worlds are larger than any that it is asked about later.
+LARGE_STEPS = 900
+# The learning rate, as a part of `--lr`, over the training as a whole.
+RATES = [(0.0, 0.01), (0.01, 1.0), (0.4, 1.0), (1.0, 0.0)]
 
 # Tasks that it learns early: of these every other one is drawn anew, so that there are more of the hard ones.
-EASY = {"talk", "look_up", "set_value", "follow_files", "follow_links", "look_up_chain", "read_text", "look_up_and_send"}
+EASY = {
+    "talk", "look_up", "look_up_chain", "look_up_and_send", "set_value", "send_text", "follow_files", "follow_links",
+    "list_folder", "search_word", "search_then_read", "write_text", "run_command",
+}
 
-# From this step on what it finds hard is most of what it sees: finding by how a name ends, recalling, and these tasks.
-HARD_STEPS = 5600
-FINDING, RECALLING_LATE, HARD_PART = 0.25, 0.2, 0.5
-HARD = {"find_in_folder", "read_values", "read_both", "look_up_several", "list_folder", "read_value", "no_tool"}
-
-# The learning rate at these steps, as a part of `--lr`, and between them on straight lines.
-RATES = [(0, 0.01), (100, 1.0), (1000, 1.0), (2200, 0.66), (4100, 0.66), (5600, 0.004)]
-RATES += [(5640, 0.4), (5950, 0.4), (6700, 0.004)]
+# Rollouts are drawn for so many steps together, in so many parts, each with a seed of its own: what is drawn is the
+# same for any number of processes.
+CHUNK_STEPS, PARTS = 32, 16
 
 OPENED, CLOSED = "<|im_start|>assistant\n", "<|im_end|>"
 
@@ -135,10 +144,12 @@ def encode(tokenizer, text):
 
 
 class Config:
-    def __init__(self, vocab, hidden=160, inner=432, layers=6, heads=5, context=2048):
-        self.vocab, self.hidden, self.inner = vocab, hidden, inner
-        self.layers, self.heads, self.context = layers, heads, context
-        self.head = hidden // heads
+    def __init__(self, vocab, hidden, layers, context=2048):
+        self.vocab, self.hidden, self.layers, self.context = vocab, hidden, layers, context
+        self.head = 32
+        self.heads = hidden // self.head
+        # Three matrices in place of two, so two thirds of four times the width.
+        self.inner = round(hidden * 8 / 3 / 16) * 16
         self.theta = 10000.0
         self.eps = 1e-5
 
@@ -235,10 +246,11 @@ class Llama(nn.Module):
             x = layer(x, cos, sin)
         return self.norm(x)
 
-    def loss(self, ids, written):
-        """The loss over what is written, and the part of it that is predicted right."""
-        states = self.hidden(ids[:, :-1])[written[:, 1:]]
-        wanted = ids[:, 1:][written[:, 1:]]
+    def loss(self, ids, at):
+        """The loss over the tokens at these places of all but the last column, whose next tokens the assistant
+        writes, and the part of them that is predicted right."""
+        states = self.hidden(ids[:, :-1]).flatten(0, 1)[at]
+        wanted = ids[:, 1:].flatten()[at]
         logits = states @ self.embed_tokens.weight.T
         return F.cross_entropy(logits, wanted), (logits.detach().argmax(-1) == wanted).float().mean()
 
@@ -271,71 +283,103 @@ class Muon(torch.optim.Optimizer):
                     x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
                 x = x.transpose(1, 2) if tall else x
                 size = 0.2 * math.sqrt(max(shape))
-                for weight, change in zip(weights, x):
-                    weight.mul_(1 - group["lr"] * group["decay"])
-                    weight.add_(change, alpha=-group["lr"] * size)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
+                torch._foreach_add_(weights, list(x), alpha=-group["lr"] * size)
+
+
+def along(course, step):
+    return float(np.interp(step, *zip(*course)))
+
+
+def draw(rng, step):
+    """One rollout at this step of the training."""
+    names = {"soup": SOUP} if step < SOUP_STEPS else {}
+    kind = rng.random()
+    for course, make in ((COPYING, rollouts.copying), (RECALLING, rollouts.recalling), (FINDING, rollouts.finding)):
+        kind -= along(course, step)
+        if kind < 0:
+            return make(rng, "train", **names)
+    size = rng.uniform(1.0, 3.0) if step >= LARGE_STEPS and rng.random() < 0.08 else along(SIZE, step)
+    made = rollouts.rollout(rng, "train", size, **names)
+    if made.family in EASY and rng.random() < 0.5:
+        return draw(rng, step)
+    return made
+
+
+class Drawer:
+    """Draws parts of chunks, as tokens."""
+
+    def __init__(self, tokenizer, options):
+        self.chat, self.tokenizer, self.options = Chat(HOME / "chat_template.jinja"), tokenizer, options
+
+    def part(self, chunk, part):
+        rng = random.Random(f"{self.options.seed} {chunk} {part}")
+        drawn, tokens = [], 0
+        while tokens < CHUNK_STEPS * self.options.batch_tokens / PARTS:
+            one = encode(self.tokenizer, self.chat.render(draw(rng, chunk * CHUNK_STEPS)))
+            if len(one[0]) <= self.options.length_max:
+                drawn.append(one)
+                tokens += len(one[0])
+        return drawn
+
+
+def begin_drawing(tokenizer, options):
+    global drawer
+    drawer = Drawer(Tokenizer.from_str(tokenizer), options)
+
+
+def drawn_part(chunk, part):
+    return drawer.part(chunk, part)
 
 
 class Data:
-    """Batches of rollouts of like length, with padding behind them."""
+    """Batches of rollouts of like length, with padding behind them: the share of one worker, or, with `drawers`,
+    everything, drawn by so many processes ahead of time."""
 
-    def __init__(self, chat, tokenizer, seed, tokens, length_max):
-        self.chat, self.tokenizer = chat, tokenizer
-        self.rng = random.Random(seed)
-        self.tokens, self.length_max = tokens, length_max
-        self.ready = []
+    def __init__(self, tokenizer, options, rank=0, workers=1, drawers=0):
+        self.options = options
+        self.rank, self.workers = rank, workers
+        self.drawer, self.pool, self.ahead = Drawer(tokenizer, options), None, {}
+        self.chunk, self.batches = None, []
+        if drawers:
+            self.pool = concurrent.futures.ProcessPoolExecutor(
+                drawers, multiprocessing.get_context("spawn"), begin_drawing, (tokenizer.to_str(), options)
+            )
 
-    def draw(self, step):
-        """One rollout at this step of the training."""
-        grown = step / GROWING_STEPS
-        names = {"soup": SOUP} if step < SOUP_STEPS else {}
-        if step >= HARD_STEPS:
-            return encode(self.tokenizer, self.chat.render(self.draw_hard()))
-        if self.rng.random() < max(0.02, 0.7 - 5 * grown):
-            made = rollouts.copying(self.rng, "train", **names)
-        elif self.rng.random() < float(np.interp(step, *zip(*RECALLING))):
-            made = rollouts.recalling(self.rng, "train", **names)
-        else:
-            size = min(1.0, 0.2 + 1.6 * grown)
-            if grown > 0.4 and self.rng.random() < 0.08:
-                size = self.rng.uniform(1.0, 3.0)
-            made = rollouts.rollout(self.rng, "train", size, **names)
-            if made.family in EASY and self.rng.random() < 0.5:
-                return self.draw(step)
-        return encode(self.tokenizer, self.chat.render(made))
-
-    def draw_hard(self):
-        kind = self.rng.random()
-        if kind < FINDING:
-            return rollouts.finding(self.rng, "train")
-        if kind < FINDING + RECALLING_LATE:
-            return rollouts.recalling(self.rng, "train")
-        made = rollouts.rollout(self.rng, "train")
-        if self.rng.random() < HARD_PART:
-            while made.family.split("+")[0] not in HARD:
-                made = rollouts.rollout(self.rng, "train")
-        return made
+    def drawn(self, chunk):
+        parts = range(self.rank, PARTS, self.workers)
+        if not self.pool:
+            return [one for part in parts for one in self.drawer.part(chunk, part)]
+        for near in (chunk, chunk + 1, chunk + 2):
+            if near not in self.ahead:
+                self.ahead[near] = [self.pool.submit(drawn_part, near, part) for part in parts]
+        return [one for part in self.ahead.pop(chunk) for one in part.result()]
 
     def next(self, step):
-        if not self.ready:
-            drawn = [self.draw(step) for _ in range(1024)]
-            drawn = sorted((d for d in drawn if len(d[0]) <= self.length_max), key=lambda d: len(d[0]))
-            batch = []
-            for one in drawn:
-                if batch and (len(batch) + 1) * len(one[0]) > self.tokens:
-                    self.ready.append(batch)
+        """Ids, and the places of those before what the assistant writes, counted over all but the last column."""
+        chunk = step // CHUNK_STEPS
+        if chunk != self.chunk:
+            self.chunk, self.batches = chunk, []
+            tokens, batch = self.options.batch_tokens // self.workers, []
+            for one in sorted(self.drawn(chunk), key=lambda one: len(one[0])):
+                if batch and (len(batch) + 1) * len(one[0]) > tokens:
+                    self.batches.append(batch)
                     batch = []
                 batch.append(one)
-            self.ready.append(batch)
-            self.rng.shuffle(self.ready)
-        batch = self.ready.pop()
+            self.batches.append(batch)
+            random.Random(f"{self.options.seed} {chunk} of {self.rank}").shuffle(self.batches)
+        batch = self.batches[step % CHUNK_STEPS]
         length = max(len(ids) for ids, _ in batch)
         ids = np.zeros((len(batch), length), np.int64)
         written = np.zeros((len(batch), length), bool)
         for row, (one, by_model) in enumerate(batch):
             ids[row, : len(one)] = one
             written[row, : len(one)] = by_model
-        return torch.from_numpy(ids), torch.from_numpy(written)
+        return torch.from_numpy(ids), torch.from_numpy(np.flatnonzero(written[:, 1:]))
+
+    def end(self):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
 
 
 def export(model, config, tokenizer, out):
@@ -381,7 +425,8 @@ def check(model, chat, tokenizer, seed, count=200):
         if len(ids) > model.cos.shape[0]:
             continue
         ids, written = torch.from_numpy(ids).long(), torch.from_numpy(written)
-        logits = model.hidden(ids[None, :-1])[0] @ model.embed_tokens.weight.T
+        hidden = model.hidden(ids[None, :-1].to(model.cos.device))[0]
+        logits = (hidden @ model.embed_tokens.weight.T).float().cpu()
         wanted, written = ids[1:], written[1:]
         losses.append(F.cross_entropy(logits[written], wanted[written]).item())
         ok = logits.argmax(-1) == wanted
@@ -410,86 +455,89 @@ def average(model, workers):
 
 
 def train(rank, options, meeting):
-    """One worker. All hold the same weights and see other rollouts; the first one also reports and saves."""
-    if options.workers > 1:
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.workers)
+    """One of the processes that train. All hold the same weights and see other rollouts; the first one also reports
+    and saves."""
+    on_gpu = torch.cuda.is_available()
+    workers = 1 if on_gpu else options.workers
+    if workers > 1:
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    device = "cuda" if on_gpu else "cpu"
     chat = Chat(HOME / "chat_template.jinja")
     if options.resume:
         tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
     else:
         tokenizer = train_tokenizer(chat, options.vocab, options.seed)
-    config = Config(tokenizer.get_vocab_size())
+    config = Config(tokenizer.get_vocab_size(), options.hidden, options.layers)
     model = Llama(config).to(device)
     matrices = [weight for name, weight in model.named_parameters() if "proj" in name]
     others = [weight for name, weight in model.named_parameters() if "proj" not in name]
     muon = Muon(matrices, options.lr)
     adam = torch.optim.AdamW(others, options.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    share = options.batch_tokens // options.workers
-    data = Data(chat, tokenizer, options.seed * 1000 + rank, share, options.length_max)
+    data = Data(tokenizer, options, rank, workers, options.workers if on_gpu else 0)
     if rank == 0:
         count = sum(weight.numel() for weight in model.parameters())
-        print(f"{count} parameters, vocabulary of {config.vocab}, {options.workers} workers on {device}", flush=True)
+        print(f"{count} parameters, vocabulary of {config.vocab}, {options.workers} workers, on {device}", flush=True)
 
     step, started, smooth = 0, time.time(), None
-    checkpoint = options.out / f"checkpoint-{rank}.pt"
+    checkpoint = options.out / "checkpoint.pt"
     if options.resume:
-        saved = torch.load(checkpoint, weights_only=False)
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         muon.load_state_dict(saved["muon"])
         adam.load_state_dict(saved["adam"])
-        data.rng.setstate(saved["rng"])
-        data.ready = saved["ready"]
         step = saved["step"]
         started -= saved["seconds"]
-    while step < RATES[-1][0]:
-        rate = options.lr * float(np.interp(step, *zip(*RATES)))
+    while step < options.steps:
+        rate = options.lr * along(RATES, step / options.steps)
         for group in muon.param_groups + adam.param_groups:
             group["lr"] = rate
-        ids, written = (tensor.to(device) for tensor in data.next(step))
-        loss, exact = model.loss(ids, written)
+        ids, places = (tensor.to(device) for tensor in data.next(step))
+        loss, exact = model.loss(ids, places)
         loss.backward()
-        average(model, options.workers)
+        average(model, workers)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
         adam.step()
         for weight in model.parameters():
             weight.grad = None
         step += 1
-        seconds = time.time() - started
-        smooth = exact.item() if smooth is None else 0.95 * smooth + 0.05 * exact.item()
-        if rank == 0 and step % 25 == 0:
-            print(f"step {step}, {seconds:.0f} s: loss {loss.item():.4f}, tokens right {smooth:.4f}", flush=True)
-        if step % options.check_every == 0 or step == RATES[-1][0]:
-            if rank == 0:
-                loss, turns = check(model, chat, tokenizer, 1000)
-                print(f"held out: loss {loss:.4f}, whole turns right {turns:.4f}", flush=True)
-                export(model, config, tokenizer, options.out)
+        smooth = exact if smooth is None else smooth.lerp(exact, 0.05)
+        if rank == 0 and step % 50 == 0:
+            seconds = time.time() - started
+            print(f"step {step}, {seconds:.0f} s: loss {loss.item():.4f}, tokens right {smooth.item():.4f}", flush=True)
+        if rank == 0 and (step % options.check_every == 0 or step == options.steps):
+            loss, turns = check(model, chat, tokenizer, 1000)
+            print(f"held out: loss {loss:.4f}, whole turns right {turns:.4f}", flush=True)
+            export(model, config, tokenizer, options.out)
             saved = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
-            saved |= {"rng": data.rng.getstate(), "ready": data.ready, "step": step, "seconds": seconds}
-            torch.save(saved, checkpoint)
+            torch.save(saved | {"step": step, "seconds": time.time() - started}, checkpoint)
+    data.end()
 
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--out", type=Path, default=HOME, help="where the model and checkpoints are written")
+    arguments.add_argument("--out", type=Path, default=HOME, help="where the model and a checkpoint are written")
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--vocab", type=int, default=1024)
-    arguments.add_argument("--batch-tokens", type=int, default=6144, help="of all workers together")
+    arguments.add_argument("--hidden", type=int, default=160, help="the width, a multiple of 32")
+    arguments.add_argument("--layers", type=int, default=6)
+    arguments.add_argument("--steps", type=int, default=20000)
+    arguments.add_argument("--batch-tokens", type=int, default=8192, help="of all workers together")
     arguments.add_argument("--length-max", type=int, default=1536, help="longer rollouts are left out")
     arguments.add_argument("--lr", type=float, default=4e-3)
-    arguments.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    arguments.add_argument("--check-every", type=int, default=200)
+    arguments.add_argument("--workers", type=int, default=2, help="processes: with a GPU they draw, without one they train")
+    arguments.add_argument("--check-every", type=int, default=400)
     arguments.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.workers == 1:
+    if options.workers == 1 or torch.cuda.is_available():
         train(0, options, None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(train, (options, f"file://{folder}/meeting"), options.workers)
+        torch.multiprocessing.spawn(train, (options, f"file://{folder}/meeting"), options.workers)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,36 @@ WORDS = (
     "shadow shell silver sky slate snow spark spice spruce squid star steel stone storm summit sun swan table tiger timber "
     "tulip tunnel turtle valley vapor velvet violet walnut water wave wheat willow wind winter wolf wood yarrow zebra"
 ).split()
+# Words of one's own are made of these, with or without something before and behind.
+STEMS = (
+    "act add age aid aim air arm art ask band bank bar base beam bear bind bit block board boat body bond book boot bound box "
+    "brain brand break bright bring broad brush build burn call camp care carry cast catch cause cell change charge chart "
+    "check child class clean clear clock close cloud coat cold color cook cool count court cover craft crash cross crowd cut "
+    "dance dark date deal deep depth draw dream dress drive drop dry dust earth edge end enter equal event exact face fact "
+    "fair fall farm fast father fear feed feel fight fill find fire firm fish fit fix flag flat flight float floor flow fold "
+    "food foot force form frame free fresh front fruit full gain gate gather give goal grain grand grant grass great green "
+    "ground group grow guard guess guide hand hard head heal hear heart heat help high hold home hope horse house human hunt "
+    "idea inch iron join joy judge jump just keep kind king knock know lake land large laugh law lay lead lean learn leave "
+    "legal lend length level lift light like limit line link list live load lock long look loose lord lose love lower luck "
+    "mark market mass match mean meet mend mind mix month moon moral mother motor mount mouth move music nail name nation near "
+    "neat nerve night noise north note notice number object offer open order own pack page paint pair part party pass paste "
+    "path pay peace phase pick piece pipe pitch place plain plan plant plate play point pool port post pound power press price "
+    "prime print prize prove public pull pure push quick quiet race rail raise range rank rate reach read real record rent "
+    "rest rich ride right ring rise road roll roof room root rope rough round rule run safe sail salt save scale scene school "
+    "score screen sea search seat secret see seed sell send sense serve set shade shake shape share sharp sheet shift ship "
+    "shop short show side sign silent simple sing size skill sleep slide slip slow smart smile smooth soft soil solid song "
+    "sort sound source south space speak speed spell spend spin split spot spread spring square stage stand start state stay "
+    "step stick stop store story straight strange stream street stretch strike string strong study style sugar swim swing "
+    "system take talk task taste teach team tell tend test thank thick thin think throw tide tie tight time tone tool tooth top "
+    "total touch tour town trace track trade train treat tree trick trip trust truth try tune turn type union unit use value "
+    "view voice vote wait wake walk wall warm wash waste watch wear weight west white whole wide wild will wing wire wise wish "
+    "word work world worth wrap write wrong yard year young zone"
+).split()
+BEFORE = "un re pre dis mis over under out in im inter sub super anti auto micro multi non semi trans co de en fore".split()
+BEHIND = (
+    "s ed ing er ers or ion ions ation ations ment ments ness less ful able ible al ally ly ity ive ize ized izes ism ist ists "
+    "ic ical ish ous ance ence ant ent ary ory ship hood ward wise dom like some way works"
+).split()
 CODE_WORDS = (
     "main lib util config server client parser lexer model index test setup build data cache store queue worker router "
     "handler service schema types error logger auth session token user order report notes todo draft plan summary log "
@@ -44,6 +74,9 @@ USUAL = (
     "CONTRIBUTING.md ARCHITECTURE.md NOTES.md TODO.md Cargo.lock package-lock.json go.sum build.rs setup.py conftest.py "
     "requirements.txt CMakeLists.txt tsconfig.json node_modules/ target/ dist/ build/ proto/ benches/ vendor/"
 ).split()
+LICENSES = (
+    "MIT|Apache-2.0|MIT OR Apache-2.0|BSD-3-Clause|GPL-3.0|GPL-3.0-or-later|MPL-2.0|ISC|Unlicense|LGPL-2.1|CC0-1.0"
+).split("|")
 # Words that make a line of prose look like one.
 PROSE = (
     "a a a an the the the the of of of and and and to to in in for with on by from that this it is is are was be can may "
@@ -53,7 +86,19 @@ PROSE = (
     "service project command client request answer message system data memory time step test tests code module function "
     "version page table result number part way work works use used uses make makes made run runs read reads write writes "
     "written keep keeps kept take takes give gives get gets set sets see shows shown called means needs written built "
-    "you we they your our their its them one two three many few here there now never always about between without because"
+    "you we they your our their its them one two three many few here there now never always about between without because would could should have has had been being do does did done so such any both "
+    "either neither another again against already almost although among around away back because become begin behind below "
+    "beside best better beyond bring came case certain close come common complete consider contain correct cost current "
+    "default describe detail different directly during easy effect else empty enough error even ever every everything exact "
+    "example except exist expect explain fact far feature final find follow found full further general give given go goes "
+    "good group happen hard help high however idea important include instead inside itself keep kind know later least left "
+    "less let like likely limit little local low main many matter maybe might modern much near need next nothing often once "
+    "open order outside people perhaps place please plain possible problem produce provide put quick quite rather ready real "
+    "reason remain require rest right safe say second seem send several should side similar since size small something "
+    "sometimes soon source special start state still stop store support sure system than thing think though thus together "
+    "toward true try turn type under unless until usual want way well whether while whole why wide within word world worth "
+    "yet agent agents loop backend language small tiny network open database package install build latest release released "
+    "license licensed under fast safe simple written framework application web mobile desktop terminal online offline"
 ).split()
 KEYS = (
     "name version owner author license status port host color size region mode level price city email team edition "
@@ -98,14 +143,30 @@ class World:
         alphabet = "abcdefghijklmnopqrstuvwxyz"
         return "".join(self.rng.choice(alphabet) for _ in range(self.rng.randint(3, 8)))
 
+    def built(self):
+        """A word like those of English: one of its stems, or two, with what can stand around them."""
+        stem = self.rng.choice(STEMS)
+        kind = self.rng.random()
+        if kind < 0.3:
+            return stem
+        if kind < 0.45:
+            return stem + self.rng.choice(STEMS)
+        before = self.rng.choice(BEFORE) if kind < 0.7 else ""
+        behind = self.rng.choice(BEHIND) if kind > 0.55 else ""
+        if behind and behind[0] in "aeiou" and stem[-1] == "e":
+            stem = stem[:-1]
+        return before + stem + behind
+
     def word(self):
         """A lower-case word that belongs to the split."""
         kind = self.rng.random()
-        if kind < 0.45:
+        if kind < 0.3:
             return self.ours(self.syllables)
-        if kind < 0.45 + self.soup:
+        if kind < 0.3 + self.soup:
             return self.ours(self.scrap)
-        if kind < 0.85:
+        if kind < 0.6:
+            return self.ours(self.built)
+        if kind < 0.87:
             return self.ours(lambda: self.rng.choice(WORDS))
         return self.ours(lambda: self.rng.choice(WORDS) + self.rng.choice(WORDS))
 
@@ -140,9 +201,11 @@ class World:
         kind = self.rng.random()
         if kind < 0.4:
             return self.rng.choice(FOLDERS)
-        if kind < 0.8:
+        if kind < 0.78:
             return self.word()
-        return self.rng.choice(FOLDERS) + "/" + self.word()
+        if kind < 0.94:
+            return self.rng.choice(FOLDERS) + "/" + self.word()
+        return f"{self.pick(self.rng.choice(FOLDERS), self.word())}/{self.word()}/{self.pick(self.word(), f'v{self.rng.randint(1, 9)}')}"
 
     def file(self, extension=None):
         return f"{self.stem()}.{extension or self.rng.choice(EXTENSIONS)}"
@@ -191,6 +254,18 @@ class World:
                 found.append(value)
         return found
 
+    def value_of(self, key):
+        """A value for this key: some keys have values of a kind of their own."""
+        if key == "version" and self.chance(0.7):
+            return self.version()
+        if key == "license" and self.chance(0.7):
+            return self.rng.choice(LICENSES)
+        if key == "edition" and self.chance(0.4):
+            return self.pick("2015", "2018", "2021", "2024")
+        if key == "description" and self.chance(0.5):
+            return self.sentence()
+        return self.value()
+
     def keys(self, count):
         names = self.rng.sample(KEYS, min(count, len(KEYS)))
         return [self.word() + "_" + name if self.chance(0.15) else name for name in names]
@@ -209,8 +284,10 @@ class World:
     def prose(self):
         """A line as it stands in a readme: longer, with marks, code and links in it."""
         words = []
-        for _ in range(self.upto(6, 18)):
-            word = self.rng.choice(PROSE) if self.chance(0.72) else self.pick(self.word(), self.rng.choice(WORDS))
+        for _ in range(self.upto(6, self.pick(12, 18, 26))):
+            word = self.rng.choice(PROSE) if self.chance(0.65) else self.pick(self.word(), self.rng.choice(WORDS), self.built())
+            if self.chance(0.04):
+                word = word.capitalize()
             kind = self.rng.random()
             if kind < 0.04:
                 word = f"`{self.identifier()}`"
@@ -288,8 +365,10 @@ class World:
             return self.prose()
         if kind < 0.8:
             return self.code()
-        if kind < 0.9:
+        if kind < 0.87:
             return f"- {self.sentence()}"
+        if kind < 0.94:
+            return f"{self.pick(self.word(), self.rng.choice(KEYS))}: {self.pick(self.sentence(), self.word() + ' ' + self.word())}"
         return ", ".join(self.word() for _ in range(self.rng.randint(2, 5)))
 
     def title(self):
@@ -355,8 +434,14 @@ class World:
     def manifest(self, name, pairs):
         """The lines of a project's manifest, with what it depends on behind the pairs."""
         json_like = name.endswith(".json")
+        if self.chance(0.5):
+            known = {key for key, _ in pairs}
+            also = [("edition", "2021"), ("rust-version", f"1.{self.rng.randint(50, 99)}"), ("default-run", self.stem())]
+            also += [("description", self.sentence()), ("repository", f"https://{self.word()}.com/{self.word()}")]
+            also = [pair for pair in self.rng.sample(also, self.rng.randint(1, 4)) if pair[0] not in known]
+            pairs = pairs + also
         lines = self.settings(pairs, 0 if json_like else 1)
-        needed = [(self.stem(), f"{self.rng.randint(0, 30)}.{self.rng.randint(0, 30)}") for _ in range(self.upto(0, 4))]
+        needed = [(self.stem(), self.version() if self.chance(0.5) else f"{self.rng.randint(0, 30)}.{self.rng.randint(0, 30)}") for _ in range(self.upto(0, self.pick(4, 4, 12)))]
         if not needed:
             return lines
         if json_like:
@@ -364,20 +449,31 @@ class World:
             lines[-1:] = [f'  "{self.pick("dependencies", "devDependencies")}": {{']
             lines += [f'    "{key}": "^{value}.0"' + ("," if key != needed[-1][0] else "") for key, value in needed]
             return lines + ["  }", "}"]
+        if self.chance(0.25):
+            lines += ["", "[features]"]
+            for _ in range(self.upto(1, 4)):
+                if self.chance(0.4):
+                    lines.append(f"# {self.sentence()}")
+                lines.append(f'{self.word()} = ["{self.word()}", "{self.word()}/{self.word()}"]')
         lines += ["", self.pick("[dependencies]", "[dependencies]", "[dev-dependencies]", "[tool.dependencies]")]
         for key, value in needed:
             if self.chance(0.3):
                 lines.append(f"# {self.sentence()}")
-            lines.append(
-                f'{key} = {{ version = "{value}", features = ["{self.word()}"] }}'
-                if self.chance(0.4)
-                else f'{key} = "{value}"'
-            )
+            kind = self.rng.random()
+            if kind < 0.15:
+                lines.append(f'{key} = {{ version = "{value}", default-features = false }}')
+            elif kind < 0.4:
+                features = ", ".join(f'"{self.word()}"' for _ in range(self.rng.randint(1, 3)))
+                lines.append(f'{key} = {{ version = "{value}", features = [{features}] }}')
+            elif kind < 0.5:
+                lines.append(f'{key} = {{ path = "{self.folder()}" }}')
+            else:
+                lines.append(f'{key} = "{value}"')
         return lines
 
     def pairs(self, low=1, high=8):
         keys = self.keys(self.upto(low, high))
-        return [(key, self.value()) for key in keys]
+        return [(key, self.value_of(key)) for key in keys]
 
     def listing(self, names):
         """What list_dir says of these names, sorted as it sorts them."""

@@ -86,8 +86,8 @@ fn model(family: Family) -> TempDir {
 
 fn options() -> LocalOptions {
     LocalOptions {
-        block_tokens: BLOCK_TOKENS,
-        prefill_tokens_max: 16,
+        block_tokens: Some(BLOCK_TOKENS),
+        prefill_tokens_max: Some(16),
         ..LocalOptions::new("tiny".into())
     }
 }
