@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // The rpc `Connect` takes the name of the generated constructor: clients use `new(channel)`.
         .build_transport(false)
+        .codec_path("crate::proto::codec::SmallBuffers")
         // Events are moved more than once, and most are small: the large ones stand beside them.
         .boxed(".hotloop.v1.ConnectResponse.event.done")
         .boxed(".hotloop.v1.ConnectResponse.event.error")

@@ -1,6 +1,8 @@
 //! The generated messages and services of `proto/hotloop/v1`.
 #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code")]
 
+pub mod codec;
+
 tonic::include_proto!("hotloop.v1");
 
 /// The descriptors of all our protos, comments included, for reflection.

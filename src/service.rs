@@ -119,11 +119,12 @@ impl Services {
             out: out.clone(),
             ends: Ends::default(),
         });
-        let inbound = until_broken(inbound, out.clone());
-        let draining = parts.drain.draining();
+        // Each in its place: futures that are moved into one another leave room for themselves behind.
+        let inbound = Box::pin(until_broken(inbound, out.clone()));
+        let draining = Box::pin(parts.drain.draining());
         let span =
             tracing::info_span!("stream", tenant = %principal.tenant, key = %principal.key_id);
-        let run = stream::run(inbound, shared, draining);
+        let run = Box::pin(stream::run(inbound, shared, draining));
         self.streams.spawn(tracing::Instrument::instrument(
             async move {
                 // A panic must not look like a stream that ended well.

@@ -79,7 +79,7 @@ async fn the_built_in_model_calls_a_tool_and_tells_its_output() {
     assert!((1_000_000..5_000_000).contains(&model.parameters));
     assert!(model.appends_tool_outputs && model.appends_user_messages);
 
-    let path = r#"{"type":"object","properties":{"path":{"type":"string"},"lines":{"type":"integer"}},"required":["path"]}"#;
+    let path = r#"{"type":"object","properties":{"path":{"type":"string"},"first_line":{"type":"integer"},"lines":{"type":"integer"}},"required":["path"]}"#;
     let pattern =
         r#"{"type":"object","properties":{"pattern":{"type":"string"}},"required":["pattern"]}"#;
     let mut talk = client.stream().await;
@@ -99,7 +99,7 @@ async fn the_built_in_model_calls_a_tool_and_tells_its_output() {
     assert!(call.arguments.contains("\"plan.md\""), "{call:?}");
     let output = proto::FunctionCallOutput {
         call_id: call.call_id.clone(),
-        output: "# Garden\n\nPlant the tulips.\n".into(),
+        output: "# Garden\n\nPlant the tulips in spring, and water them.\n".into(),
     };
     let output = proto::Item {
         item: Some(item::Item::FunctionCallOutput(output)),
@@ -108,7 +108,10 @@ async fn the_built_in_model_calls_a_tool_and_tells_its_output() {
     talk.append(&asked.response_id, vec![output]).await;
     let told = talk.round().await;
     assert_eq!(told.done.status(), ResponseStatus::Completed);
-    assert_eq!(told.text, "plan.md begins: # Garden\n\nPlant the tulips.");
+    assert_eq!(
+        told.text,
+        "plan.md begins: # Garden\n\nPlant the tulips in spring, and water them."
+    );
     // Only the output was new.
     let prompt = told.done.prompt.unwrap();
     assert!(
