@@ -273,7 +273,7 @@ pub enum Part {
 impl Part {
     /// The text of the part.
     #[must_use]
-    pub fn text(&self) -> &str {
+    pub fn text(&self) -> &Arc<str> {
         match self {
             Self::InputText(text) | Self::OutputText { text, .. } | Self::Refusal(text) => text,
         }

@@ -10,7 +10,7 @@
 //! Text of clients and of models never becomes a control token: literals of added tokens in it
 //! are marked before the template runs, and encoded as ordinary text.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use rpds::VectorSync;
 use serde::{Deserialize, Serialize};
@@ -83,7 +83,7 @@ impl Head {
             system: settings
                 .instructions
                 .as_ref()
-                .map(|text| Message::text("system", &guard.mark(text))),
+                .map(|text| Message::text("system", sharing(guard, text))),
             tools,
             kwargs,
             date,
@@ -272,7 +272,7 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
                     Role::User | Role::Assistant => "user",
                 };
                 entries.push(Entry {
-                    message: Message::text(role, &guard.mark(&text_of(item))),
+                    message: Message::text(role, sharing(guard, &text_of(item))),
                     speaker: Speaker::Client,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -283,7 +283,7 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
                 answer.flush(guard, &mut entries);
                 let name = new.answers.as_deref().unwrap_or_default();
                 entries.push(Entry {
-                    message: Message::tool_output(call_id.as_str(), name, &guard.mark(output)),
+                    message: Message::tool_output(call_id.as_str(), name, sharing(guard, output)),
                     speaker: Speaker::Tool,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -292,7 +292,7 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
             Body::Compaction { summary } => {
                 answer.flush(guard, &mut entries);
                 entries.push(Entry {
-                    message: Message::text("user", &guard.mark(summary)),
+                    message: Message::text("user", sharing(guard, summary)),
                     speaker: Speaker::Summary,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -304,16 +304,31 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
     entries
 }
 
+/// The text with marks for the template, or, where nothing in it needs any, the very same.
+fn sharing(guard: &Guard, text: &Arc<str>) -> Arc<str> {
+    match guard.mark(text) {
+        Cow::Borrowed(_) => text.clone(),
+        Cow::Owned(text) => text.into(),
+    }
+}
+
 /// The text of a message's parts, joined.
-fn text_of(item: &Item) -> String {
+fn text_of(item: &Item) -> Arc<str> {
     match &item.body {
-        Body::Message { parts, .. } => parts.iter().map(crate::item::Part::text).collect(),
+        Body::Message { parts, .. } => match &parts[..] {
+            [part] => part.text().clone(),
+            parts => parts
+                .iter()
+                .map(|part| &**part.text())
+                .collect::<String>()
+                .into(),
+        },
         Body::FunctionCall { .. }
         | Body::FunctionCallOutput { .. }
         | Body::Reasoning { .. }
         | Body::CustomToolCall { .. }
         | Body::CustomToolCallOutput { .. }
-        | Body::Compaction { .. } => String::new(),
+        | Body::Compaction { .. } => Arc::default(),
     }
 }
 
@@ -321,7 +336,7 @@ fn text_of(item: &Item) -> String {
 #[derive(Default)]
 struct Answer {
     reasoning: Option<String>,
-    text: Option<String>,
+    text: Option<Arc<str>>,
     calls: Vec<Arc<Item>>,
     items: u32,
     bytes: usize,
@@ -372,10 +387,10 @@ impl Answer {
                 arguments,
             })
             .collect();
-        let reasoning = answer.reasoning.as_deref().map(|text| guard.mark(text));
-        let text = answer.text.as_deref().map(|text| guard.mark(text));
+        let reasoning = answer.reasoning.map(|text| sharing(guard, &text.into()));
+        let text = answer.text.map(|text| sharing(guard, &text));
         entries.push(Entry {
-            message: Message::assistant(reasoning.as_deref(), text.as_deref(), &calls),
+            message: Message::assistant(reasoning, text, &calls),
             speaker: Speaker::Model,
             items: answer.items,
             bytes: answer.bytes,

@@ -31,7 +31,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Object};
@@ -145,7 +145,7 @@ pub enum KwargValue {
     Text(String),
 }
 
-/// A message as templates see it. Built once for each item and kept; a clone shares everything.
+/// A message as templates see it. Kept with the conversation; a clone shares everything.
 #[derive(Clone, Debug)]
 pub struct Message(Forms);
 
@@ -424,66 +424,42 @@ pub fn source_in_config(config: &serde_json::Value) -> Option<&str> {
 }
 
 impl Message {
-    /// A system, developer or user message.
-    pub fn text(role: &str, content: &str) -> Self {
+    /// A system, developer or user message. Shares the text.
+    pub fn text(role: &str, content: impl Into<Arc<str>>) -> Self {
         Self(Forms::One(Record::value(vec![
             ("role", role.into()),
-            ("content", content.into()),
+            ("content", content.into().into()),
         ])))
     }
 
-    /// A turn of the assistant: what it thought, said and called, in this order.
+    /// A turn of the assistant: what it thought, said and called, in this order. Shares the texts.
     ///
     /// Without text the content is the empty string. Templates that take only `none` there beside calls are given that
     /// (found out at load). The reasoning is found under `reasoning_content`, and by templates that ask for `thinking`
     /// or `reasoning` under those names.
-    pub fn assistant(reasoning: Option<&str>, content: Option<&str>, calls: &[Call<'_>]) -> Self {
-        let reasoning = reasoning.map(Value::from);
-        let content = content.filter(|text| !text.is_empty()).map(Value::from);
-        let turn = |content: Value, calls: Option<Value>| {
-            let mut fields = vec![("role", Value::from("assistant")), ("content", content)];
-            fields.extend(
-                reasoning
-                    .clone()
-                    .map(|reasoning| ("reasoning_content", reasoning)),
-            );
-            fields.extend(calls.map(|calls| ("tool_calls", calls)));
-            Record::value(fields)
+    pub fn assistant<T: Into<Arc<str>>>(
+        reasoning: Option<T>,
+        content: Option<T>,
+        calls: &[Call<'_>],
+    ) -> Self {
+        let content = content.map(T::into).filter(|text| !text.is_empty());
+        let turn = Turn {
+            reasoning: reasoning.map(|text| text.into().into()),
+            content: content.map(Value::from),
+            calls: calls.iter().map(Called::from).collect(),
+            first: OnceLock::new(),
         };
-        if calls.is_empty() {
-            return Self(Forms::One(turn(
-                content.unwrap_or_else(|| Value::from("")),
-                None,
-            )));
+        match calls {
+            [] => Self(Forms::One(turn.value(CALL_FORMS[0]))),
+            _ => Self(Forms::ByCallForm(Arc::new(turn))),
         }
-        let texts: Vec<Arc<str>> = calls.iter().map(|call| call.arguments.into()).collect();
-        let mappings: Vec<Value> = texts
-            .iter()
-            .map(|text| json::verbatim(text.clone()))
-            .collect();
-        let texts: Vec<Value> = texts.into_iter().map(Value::from).collect();
-        Self(Forms::ByCallForm(Arc::new(CALL_FORMS.map(|form| {
-            let silence = match form.silence {
-                Silence::Empty => Value::from(""),
-                Silence::None => Value::from(()),
-            };
-            let arguments = match form.arguments {
-                Arguments::Mapping => &mappings,
-                Arguments::Text => &texts,
-            };
-            let calls = calls
-                .iter()
-                .zip(arguments)
-                .map(|(call, arguments)| call.value(arguments));
-            turn(content.clone().unwrap_or(silence), Some(calls.collect()))
-        }))))
     }
 
-    /// What a tool gave back for the call `call_id` of function `name`.
-    pub fn tool_output(call_id: &str, name: &str, content: &str) -> Self {
+    /// What a tool gave back for the call `call_id` of function `name`. Shares the text.
+    pub fn tool_output(call_id: &str, name: &str, content: impl Into<Arc<str>>) -> Self {
         Self(Forms::One(Record::value(vec![
             ("role", "tool".into()),
-            ("content", content.into()),
+            ("content", content.into().into()),
             ("tool_call_id", call_id.into()),
             ("name", name.into()),
         ])))
@@ -492,19 +468,54 @@ impl Message {
     fn value(&self, form: CallForm) -> Value {
         match &self.0 {
             Forms::One(value) => value.clone(),
-            Forms::ByCallForm(values) => values[form.index()].clone(),
+            Forms::ByCallForm(turn) => {
+                let (first, value) = turn.first.get_or_init(|| (form, turn.value(form)));
+                match *first == form {
+                    true => value.clone(),
+                    false => turn.value(form),
+                }
+            }
         }
     }
 }
 
-impl Call<'_> {
-    fn value(&self, arguments: &Value) -> Value {
-        let function = Record::value(vec![
-            ("name", self.name.into()),
-            ("arguments", arguments.clone()),
-        ]);
+impl Turn {
+    fn value(&self, form: CallForm) -> Value {
+        let silence = match (self.calls.is_empty(), form.silence) {
+            (true, _) | (false, Silence::Empty) => Value::from(""),
+            (false, Silence::None) => Value::from(()),
+        };
+        let content = self.content.clone().unwrap_or(silence);
+        let mut fields = vec![("role", Value::from("assistant")), ("content", content)];
+        let reasoning = self.reasoning.clone();
+        fields.extend(reasoning.map(|reasoning| ("reasoning_content", reasoning)));
+        if !self.calls.is_empty() {
+            let calls = self.calls.iter().map(|call| call.value(form.arguments));
+            fields.push(("tool_calls", calls.collect()));
+        }
+        Record::value(fields)
+    }
+}
+
+impl From<&Call<'_>> for Called {
+    fn from(call: &Call<'_>) -> Self {
+        Self {
+            id: call.id.into(),
+            name: call.name.into(),
+            arguments: call.arguments.into(),
+        }
+    }
+}
+
+impl Called {
+    fn value(&self, arguments: Arguments) -> Value {
+        let arguments = match arguments {
+            Arguments::Mapping => json::verbatim(self.arguments.clone()),
+            Arguments::Text => self.arguments.clone().into(),
+        };
+        let function = Record::value(vec![("name", self.name.clone()), ("arguments", arguments)]);
         Record::value(vec![
-            ("id", self.id.into()),
+            ("id", self.id.clone()),
             ("type", "function".into()),
             ("function", function),
         ])
@@ -550,12 +561,28 @@ impl KwargValue {
     }
 }
 
-/// A message's value for each form of template. Only calls differ.
+/// A message for each form of template. Only calls differ.
 #[derive(Clone, Debug)]
 enum Forms {
     One(Value),
-    /// In the order of [`CALL_FORMS`].
-    ByCallForm(Arc<[Value; CALL_FORMS.len()]>),
+    ByCallForm(Arc<Turn>),
+}
+
+/// A turn of the assistant.
+#[derive(Debug)]
+struct Turn {
+    reasoning: Option<Value>,
+    content: Option<Value>,
+    calls: Box<[Called]>,
+    /// In the form that was asked for first: a template asks for no other.
+    first: OnceLock<(CallForm, Value)>,
+}
+
+#[derive(Debug)]
+struct Called {
+    id: Value,
+    name: Value,
+    arguments: Arc<str>,
 }
 
 /// How a template wants turns with calls.
@@ -598,13 +625,6 @@ const CALL_FORMS: [CallForm; 4] = [
         silence: Silence::None,
     },
 ];
-
-impl CallForm {
-    fn index(self) -> usize {
-        usize::from(self.arguments == Arguments::Text) * 2
-            + usize::from(self.silence == Silence::None)
-    }
-}
 
 /// A mapping with a handful of fixed keys: found faster than in a hash map, and without an allocation for a key.
 struct Record(Box<[(&'static str, Value)]>);

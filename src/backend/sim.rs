@@ -42,7 +42,7 @@ use tokio::time::Instant;
 
 use super::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd};
 use crate::{
-    item::{Body, Item, Part, Role},
+    item::{Body, Item, Role},
     model::Artifacts,
     parse::{Answer, FormattedPiece},
     tokenizer::Encoded,
@@ -361,7 +361,7 @@ impl Scene {
                     role: Role::User,
                     parts,
                 } => {
-                    scene.user = parts.iter().map(Part::text).collect();
+                    scene.user = parts.iter().map(|part| &**part.text()).collect();
                     false
                 }
                 Body::Message { role, .. } => *role == Role::Assistant,

@@ -73,7 +73,7 @@ fn print_arguments(source: &str, args: &str) -> String {
 }
 
 fn called(arguments: &str) -> Message {
-    Message::assistant(
+    Message::assistant::<&str>(
         None,
         None,
         &[Call {
@@ -301,9 +301,6 @@ fn a_template_gets_calls_in_the_form_it_prints() {
         render(deepseek, &[called("{\"a\":1}")]).unwrap(),
         "```json\n{\"a\":1}\n```"
     );
-    for (index, form) in CALL_FORMS.iter().enumerate() {
-        assert_eq!(form.index(), index);
-    }
 }
 
 #[test]
@@ -652,7 +649,7 @@ fn agentic(steps: usize) -> Vec<Message> {
         messages.push(Message::tool_output(
             "abcdefghi",
             "f",
-            &format!("output {step}"),
+            format!("output {step}"),
         ));
     }
     messages

@@ -211,7 +211,7 @@ pub fn messages(
                     if begun {
                         flush(&mut turn, &mut out);
                     }
-                    let text: String = parts.iter().map(|part| part.text()).collect();
+                    let text: String = parts.iter().map(|part| &**part.text()).collect();
                     turn.text = Some(mark(&text));
                 }
                 Body::FunctionCall {
@@ -223,23 +223,23 @@ pub fn messages(
                 }
                 Body::Message { role, parts } => {
                     flush(&mut turn, &mut out);
-                    let text: String = parts.iter().map(|part| part.text()).collect();
+                    let text: String = parts.iter().map(|part| &**part.text()).collect();
                     let role = match role {
                         Role::System => "system",
                         Role::Developer => names.developer,
                         Role::User | Role::Assistant => "user",
                     };
-                    out.push(Message::text(role, &mark(&text)));
+                    out.push(Message::text(role, mark(&text)));
                 }
                 Body::FunctionCallOutput { call_id, output } => {
                     flush(&mut turn, &mut out);
                     let name = names.calls.iter().find(|(id, _)| id == call_id.as_str());
                     let name = name.map_or("", |(_, name)| name);
-                    out.push(Message::tool_output(call_id.as_str(), name, &mark(output)));
+                    out.push(Message::tool_output(call_id.as_str(), name, mark(output)));
                 }
                 Body::Compaction { summary } => {
                     flush(&mut turn, &mut out);
-                    out.push(Message::text("user", &mark(summary)));
+                    out.push(Message::text("user", mark(summary)));
                 }
                 Body::CustomToolCall { .. } | Body::CustomToolCallOutput { .. } => unreachable!(),
             }
@@ -267,7 +267,7 @@ pub fn full_text(
 ) -> Result<String, TemplateError> {
     let instructions = settings.instructions.iter();
     let messages: Vec<Message> = instructions
-        .map(|text| Message::text("system", &mark(text)))
+        .map(|text| Message::text("system", mark(text)))
         .chain(messages)
         .collect();
     let texts: Vec<(String, Option<String>, String)> = settings

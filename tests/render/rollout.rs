@@ -713,7 +713,7 @@ impl<'a> Rollout<'a> {
                 Body::Message {
                     role: Role::User,
                     parts,
-                } => Some((item, parts.iter().map(|part| part.text()).collect())),
+                } => Some((item, parts.iter().map(|part| &**part.text()).collect())),
                 _ => None,
             })
             .collect();
