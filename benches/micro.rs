@@ -17,7 +17,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use hotloop::{
     files::{BuiltIn, Files},
     item::{Body, Item, Part, Role},
-    ledger::Rope,
+    ledger::{Draft, Rope},
     model::Artifacts,
     parse::{ParserOptions, Piece},
     render::{Entries, Head, Past, Resume, Seen, Visible, entries, render},
@@ -200,5 +200,28 @@ fn answering(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rendering, encoding, answering);
+/// What a fork and a commit are on the ledger: a mark, and two segments behind it.
+fn ledger(criterion: &mut Criterion) {
+    let draft = |tokens: u32| Draft {
+        text: "four".repeat(tokens as usize),
+        ids: (0..tokens).collect(),
+        ..Draft::default()
+    };
+    let mut rope = Rope::default();
+    for _ in 0..HISTORY_TOKENS / (2 * NEW_TOKENS) {
+        rope = rope.with_rendered(draft(200)).with_sampled(draft(200));
+    }
+    let mut group = criterion.benchmark_group("a ledger of 100k");
+    group.bench_function("fork", |bencher| bencher.iter(|| black_box(&rope).clone()));
+    group.bench_function("200 tokens rendered, 40 sampled", |bencher| {
+        bencher.iter_batched(
+            || (draft(200), draft(40)),
+            |(rendered, sampled)| rope.with_rendered(rendered).with_sampled(sampled),
+            criterion::BatchSize::SmallInput,
+        );
+    });
+    group.finish();
+}
+
+criterion_group!(benches, rendering, encoding, answering, ledger);
 criterion_main!(benches);

@@ -57,6 +57,9 @@ struct Options {
     rollouts: u64,
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// The encoder of the server: `fast`, or `huggingface`.
+    #[arg(long, default_value = "fast")]
+    tokenizer: String,
     /// Plays the rollouts of this file instead: JSON lines in the form of Mooncake's traces.
     #[arg(long)]
     trace: Option<PathBuf>,
@@ -125,7 +128,7 @@ async fn run(options: Options) {
     }
     let artifacts = Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap();
     for pace in &options.pace {
-        let server = Server::start(&pace.to_string());
+        let server = Server::start(&format!("{pace}/0/{}", options.tokenizer));
         let backend = Answering::new(&artifacts, *pace, 0);
         for (kind, rollouts) in &kinds {
             let mut texts = Texts::new(options.seed);

@@ -185,35 +185,40 @@ impl Server {
         // hyper reads the preface once more.
         let io = TokioIo::new(tokio::io::join(PREFACE.chain(reader), writer));
         let local = self.local;
+        let open = Arc::new(());
         let service = service_fn(|mut request: http::Request<Incoming>| {
             request.extensions_mut().insert(TcpConnectInfo {
                 local_addr: Some(local),
                 remote_addr: Some(peer),
             });
-            let calls = self.calls.clone();
-            async move { Ok::<_, Infallible>(calls.answer(request, peer).await) }
+            let (calls, open) = (self.calls.clone(), open.clone());
+            async move {
+                let answer = calls.answer(request, peer).await;
+                Ok::<_, Infallible>(answer.map(|body| body.counted(open)))
+            }
         });
         let mut stopped = pin!(self.drain.stopped());
         let mut connection = pin!(self.http.serve_connection(io, service));
         tokio::select! {
             biased;
             _ = &mut draining => connection.as_mut().graceful_shutdown(),
-            ended = in_its_turn(connection.as_mut()) => return Ok(ended?),
+            ended = in_its_turn(connection.as_mut(), &open) => return Ok(ended?),
         }
         tokio::select! {
             biased;
             () = &mut stopped => Ok(()),
-            ended = in_its_turn(connection) => Ok(ended?),
+            ended = in_its_turn(connection, &open) => Ok(ended?),
         }
     }
 }
 
-/// Drives a connection whenever it is woken, but not before what else is ready has had its turn: so
-/// the events of all streams that are there by then leave in one write.
-async fn in_its_turn<C: Future + Unpin>(mut connection: C) -> C::Output {
+/// Drives a connection whenever it is woken; where several calls are open on it, not before what else
+/// is ready has had its turn: so the events of all streams that are there by then leave in one write.
+async fn in_its_turn<C: Future + Unpin>(mut connection: C, open: &Arc<()>) -> C::Output {
     let mut waited = false;
     poll_fn(|cx| {
-        waited = !waited;
+        let several = Arc::strong_count(open) > 2;
+        waited = several && !waited;
         if waited {
             cx.waker().wake_by_ref();
             return Poll::Pending;

@@ -160,8 +160,8 @@ impl Calls {
                     };
                     let response = self.handle(request).await;
                     response.map(|body| Answer {
-                        body,
                         watch: Some(watch),
+                        ..Answer::new(body)
                     })
                 }
                 Err(_full) => refuse(&busy("watches")),
@@ -261,6 +261,8 @@ fn in_our_words(response: Response<Body>) -> Response<Body> {
 pub(super) struct Answer {
     body: Body,
     watch: Option<Watch>,
+    /// Tells the connection that the call is open.
+    _open: Option<Arc<()>>,
 }
 
 /// What ends a stream that would not end by itself.
@@ -271,7 +273,19 @@ struct Watch {
 
 impl Answer {
     fn new(body: Body) -> Self {
-        Self { body, watch: None }
+        Self {
+            body,
+            watch: None,
+            _open: None,
+        }
+    }
+
+    /// The same, counted among the calls of its connection while it lives.
+    pub(super) fn counted(self, open: Arc<()>) -> Self {
+        Self {
+            _open: Some(open),
+            ..self
+        }
     }
 
     /// Ends the body with this status.
