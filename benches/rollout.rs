@@ -167,15 +167,22 @@ async fn run(options: Options) {
             ("tool_ms", json!(tools)),
             ("path", json!(lane)),
         ];
-        let points = points(report.rows(), &with, "tokens_per_second", "total_ms");
+        let points = points(
+            report.rows(),
+            &with,
+            "tokens_per_second",
+            "step_ms_beyond_ideal",
+        );
         ((*lane).to_owned(), points)
     };
     Plot {
         file: "rollout",
-        title: &format!("Rollouts `{kind}`, tools that take {tools} ms"),
+        title: &format!(
+            "A step of rollouts `{kind}` beyond the backend, tools that take {tools} ms"
+        ),
         x: "tokens a second of the backend",
-        y: "ms in all",
-        lines: LANES.iter().map(line).collect(),
+        y: "ms a step more",
+        lines: LANES[1..].iter().map(line).collect(),
     }
     .write();
 }
@@ -210,6 +217,7 @@ fn rows(
             "wall_ms": (wall * 10.0).round() / 10.0,
             "total_ms": (all * 1e4).round() / 10.0,
             "beyond_ideal_percent": (beyond * 100.0).round() / 100.0,
+            "step_ms_beyond_ideal": (step_ms * 100.0).round() / 100.0,
         });
         report.push(row(parameters, &mut times));
     }
@@ -249,24 +257,31 @@ impl Player<'_> {
         let end = self
             .leg(lane, &mut client, trunk, "trunk", None, begin)
             .await;
-        if lane == "held" && !forks.is_empty() {
-            // What is held cannot be continued by others.
-            let response_id = end.last.response_id.clone();
-            client.step(Command::Done(Finish { response_id })).await;
+        // What is held cannot be continued by others, and keeps its lane.
+        let finish = async |client: &mut Client, end: &Stand| {
+            if lane == "held" {
+                let response_id = end.last.response_id.clone();
+                client.step(Command::Done(Finish { response_id })).await;
+            }
+        };
+        if !forks.is_empty() {
+            finish(&mut client, &end).await;
         }
         for (number, fork) in forks.iter().enumerate() {
             let input = self
                 .tools(trunk, trunk.steps.len() - 1, &end.last.call_ids)
                 .await;
-            self.leg(
-                lane,
-                &mut client,
-                fork,
-                &number.to_string(),
-                Some(&end),
-                input,
-            )
-            .await;
+            let fork = self
+                .leg(
+                    lane,
+                    &mut client,
+                    fork,
+                    &number.to_string(),
+                    Some(&end),
+                    input,
+                )
+                .await;
+            finish(&mut client, &fork).await;
         }
         start.elapsed()
     }

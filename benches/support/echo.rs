@@ -11,13 +11,13 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::BoxStream};
 use http::{Request, Response};
 use tokio::{net::TcpListener, sync::mpsc};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
     Status, Streaming,
     body::Body,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     server::{NamedService, StreamingService},
-    transport::{Channel, Server},
+    transport::{Channel, Server, server::TcpIncoming},
 };
 use tower::Service;
 
@@ -128,12 +128,13 @@ impl Service<Request<Body>> for Bare {
 }
 
 pub async fn serve(listener: TcpListener) {
+    // The builder's own setting counts only where it binds the address itself.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
-        .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(64 << 20)
         .add_service(Bare)
-        .serve_with_incoming(TcpListenerStream::new(listener))
+        .serve_with_incoming(incoming)
         .await
         .unwrap();
 }
