@@ -1,8 +1,8 @@
 //! What keeping keys and values is worth, and how fast the engine in this process decodes.
 //!
 //! The model is a Llama of random weights in the shape of the built-in one, or any directory with
-//! `--model`. The two ways to the first token, with the history's keys and values kept and with nothing kept, take turns, so that
-//! what else the machine does hits both. A model of this size computes on one thread; the processor
+//! `--model`. The two ways to the first token, with the history's keys and values kept and with
+//! nothing kept, take turns, so that what else the machine does hits both. A model of this size computes on one thread; the processor
 //! time beside the time that passed tells how much of it the machine gave to others.
 //!
 //! Prints a table, and writes it to `target/bench/prefix_cache.json`.

@@ -278,6 +278,18 @@ impl Part {
             Self::InputText(text) | Self::OutputText { text, .. } | Self::Refusal(text) => text,
         }
     }
+
+    /// The text of all these parts, joined. That of a single one is shared.
+    #[must_use]
+    pub fn joined(parts: &[Self]) -> Arc<str> {
+        match parts {
+            [part] => part.text().clone(),
+            parts => {
+                let texts = parts.iter().map(|part| &**part.text());
+                texts.collect::<String>().into()
+            }
+        }
+    }
 }
 
 /// The log probability of a sampled token, as an engine tells it.

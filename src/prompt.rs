@@ -250,8 +250,7 @@ impl Marks {
         let mut body = item.body.clone();
         match &mut body {
             Body::Message { role, parts } => {
-                let text: String = parts.iter().map(|part| &**part.text()).collect();
-                let text = self.mark(&text, source());
+                let text = self.mark(&Part::joined(parts), source());
                 *parts = vec![match role {
                     Role::Assistant => Part::Refusal(text),
                     Role::System | Role::Developer | Role::User => Part::InputText(text),

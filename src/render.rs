@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::{
     event::{Code, Error},
-    item::{Body, Item, Role, Tenant, ToolKind},
+    item::{Body, Item, Part, Role, Tenant, ToolKind},
     ledger::{Cut, Draft, Rope, common_prefix, first_difference},
     model::Artifacts,
     request::{Effort, Settings, ValidItem},
@@ -83,7 +83,7 @@ impl Head {
             system: settings
                 .instructions
                 .as_ref()
-                .map(|text| Message::text("system", sharing(guard, text))),
+                .map(|text| Message::text("system", with_marks(guard, text))),
             tools,
             kwargs,
             date,
@@ -272,7 +272,7 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
                     Role::User | Role::Assistant => "user",
                 };
                 entries.push(Entry {
-                    message: Message::text(role, sharing(guard, &text_of(item))),
+                    message: Message::text(role, with_marks(guard, &text_of(item))),
                     speaker: Speaker::Client,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -283,7 +283,11 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
                 answer.flush(guard, &mut entries);
                 let name = new.answers.as_deref().unwrap_or_default();
                 entries.push(Entry {
-                    message: Message::tool_output(call_id.as_str(), name, sharing(guard, output)),
+                    message: Message::tool_output(
+                        call_id.as_str(),
+                        name,
+                        with_marks(guard, output),
+                    ),
                     speaker: Speaker::Tool,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -292,7 +296,7 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
             Body::Compaction { summary } => {
                 answer.flush(guard, &mut entries);
                 entries.push(Entry {
-                    message: Message::text("user", sharing(guard, summary)),
+                    message: Message::text("user", with_marks(guard, summary)),
                     speaker: Speaker::Summary,
                     items: 1,
                     bytes: item.text_bytes(),
@@ -305,8 +309,13 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
 }
 
 /// The text with marks for the template, or, where nothing in it needs any, the very same.
-fn sharing(guard: &Guard, text: &Arc<str>) -> Arc<str> {
-    match guard.mark(text) {
+fn with_marks(guard: &Guard, text: &Arc<str>) -> Arc<str> {
+    sharing(text, guard.mark(text))
+}
+
+/// What marking made of the text, or the very same where that is it.
+fn sharing(text: &Arc<str>, marked: Cow<'_, str>) -> Arc<str> {
+    match marked {
         Cow::Borrowed(_) => text.clone(),
         Cow::Owned(text) => text.into(),
     }
@@ -315,14 +324,7 @@ fn sharing(guard: &Guard, text: &Arc<str>) -> Arc<str> {
 /// The text of a message's parts, joined.
 fn text_of(item: &Item) -> Arc<str> {
     match &item.body {
-        Body::Message { parts, .. } => match &parts[..] {
-            [part] => part.text().clone(),
-            parts => parts
-                .iter()
-                .map(|part| &**part.text())
-                .collect::<String>()
-                .into(),
-        },
+        Body::Message { parts, .. } => Part::joined(parts),
         Body::FunctionCall { .. }
         | Body::FunctionCallOutput { .. }
         | Body::Reasoning { .. }
@@ -353,7 +355,7 @@ impl Answer {
             return;
         }
         let answer = std::mem::take(self);
-        let marked: Vec<(&str, &str, String)> = answer
+        let calls: Vec<Call<'_>> = answer
             .calls
             .iter()
             .filter_map(|item| match &item.body {
@@ -367,11 +369,11 @@ impl Answer {
                     name,
                     arguments,
                     ..
-                } => Some((
-                    call_id.as_str(),
-                    &**name,
-                    guard.mark_json(arguments).into_owned(),
-                )),
+                } => Some(Call {
+                    id: call_id.as_str(),
+                    name,
+                    arguments: sharing(arguments, guard.mark_json(arguments)),
+                }),
                 Body::Message { .. }
                 | Body::FunctionCallOutput { .. }
                 | Body::Reasoning { .. }
@@ -379,16 +381,8 @@ impl Answer {
                 | Body::Compaction { .. } => None,
             })
             .collect();
-        let calls: Vec<Call<'_>> = marked
-            .iter()
-            .map(|(id, name, arguments)| Call {
-                id,
-                name,
-                arguments,
-            })
-            .collect();
-        let reasoning = answer.reasoning.map(|text| sharing(guard, &text.into()));
-        let text = answer.text.map(|text| sharing(guard, &text));
+        let reasoning = answer.reasoning.map(|text| with_marks(guard, &text.into()));
+        let text = answer.text.map(|text| with_marks(guard, &text));
         entries.push(Entry {
             message: Message::assistant(reasoning, text, &calls),
             speaker: Speaker::Model,

@@ -150,7 +150,7 @@ pub enum KwargValue {
 pub struct Message(Forms);
 
 /// A tool call of the assistant, in the model's own words.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Call<'a> {
     /// The call's id. Some templates insist on a shape (Mistral: nine letters or digits).
     pub id: &'a str,
@@ -158,7 +158,7 @@ pub struct Call<'a> {
     pub name: &'a str,
     /// The arguments' JSON text exactly as it was sampled. Text that is no JSON object is kept all the same: templates
     /// see a mapping without entries that prints as this text.
-    pub arguments: &'a str,
+    pub arguments: Arc<str>,
 }
 
 /// A function the model may call.
@@ -502,7 +502,7 @@ impl From<&Call<'_>> for Called {
         Self {
             id: call.id.into(),
             name: call.name.into(),
-            arguments: call.arguments.into(),
+            arguments: call.arguments.clone(),
         }
     }
 }

@@ -67,7 +67,7 @@ impl MessageRow {
                     .map(|call| Call {
                         id: &call.id,
                         name: &call.name,
-                        arguments: &call.arguments,
+                        arguments: call.arguments.as_str().into(),
                     })
                     .collect();
                 Message::assistant(self.reasoning.as_deref(), content, &calls)

@@ -42,7 +42,7 @@ use tokio::time::Instant;
 
 use super::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd};
 use crate::{
-    item::{Body, Item, Role},
+    item::{Body, Item, Part, Role},
     model::Artifacts,
     parse::{Answer, FormattedPiece},
     tokenizer::Encoded,
@@ -226,7 +226,7 @@ impl Script {
             .collect();
         let rule = self.rules.iter().find_map(|rule| {
             let captures = match &rule.user {
-                None => vec![scene.user.clone()],
+                None => vec![scene.user.to_string()],
                 Some(user) => user
                     .captures(&scene.user)?
                     .iter()
@@ -345,7 +345,7 @@ impl Script {
 /// What a script sees of the conversation.
 #[derive(Default)]
 struct Scene {
-    user: String,
+    user: Arc<str>,
     outputs: Vec<String>,
     latest: Vec<String>,
     round: usize,
@@ -361,7 +361,7 @@ impl Scene {
                     role: Role::User,
                     parts,
                 } => {
-                    scene.user = parts.iter().map(|part| &**part.text()).collect();
+                    scene.user = Part::joined(parts);
                     false
                 }
                 Body::Message { role, .. } => *role == Role::Assistant,

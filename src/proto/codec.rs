@@ -16,6 +16,10 @@ const BUFFER_BYTES: usize = 512;
 /// How much is encoded before it is written, as tonic has it.
 const ENCODED_BYTES_MAX: usize = 32 * 1024;
 
+fn buffers() -> BufferSettings {
+    BufferSettings::new(BUFFER_BYTES, ENCODED_BYTES_MAX)
+}
+
 impl<T, U> Default for SmallBuffers<T, U> {
     fn default() -> Self {
         Self(PhantomData)
@@ -33,10 +37,10 @@ where
     type Decoder = <ProstCodec<T, U> as Codec>::Decoder;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstCodec::<T, U>::raw_encoder(BufferSettings::new(BUFFER_BYTES, ENCODED_BYTES_MAX))
+        ProstCodec::<T, U>::raw_encoder(buffers())
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        ProstCodec::<T, U>::raw_decoder(BufferSettings::new(BUFFER_BYTES, ENCODED_BYTES_MAX))
+        ProstCodec::<T, U>::raw_decoder(buffers())
     }
 }

@@ -212,7 +212,7 @@ fn turn(reasoning: Option<&str>, content: Option<&str>, calls: usize) -> Message
             Call {
                 id: "abcdefghi",
                 name: "look",
-                arguments: ARGUMENTS
+                arguments: ARGUMENTS.into(),
             };
             calls
         ],

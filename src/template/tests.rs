@@ -79,7 +79,7 @@ fn called(arguments: &str) -> Message {
         &[Call {
             id: "abcdefghi",
             name: "f",
-            arguments,
+            arguments: arguments.into(),
         }],
     )
 }
@@ -171,7 +171,7 @@ fn reasoning_and_text_come_back_where_a_template_keeps_them() {
             &[Call {
                 id: "abcdefghi",
                 name: "f",
-                arguments: "{}",
+                arguments: "{}".into(),
             }],
         ),
         Message::tool_output("abcdefghi", "f", "done"),
@@ -230,7 +230,7 @@ fn arguments_print_verbatim_at_any_depth_unless_another_layout_is_asked_for() {
         &[Call {
             id: "i",
             name: "f",
-            arguments: args,
+            arguments: args.into(),
         }],
     );
     let whole = render("{{ messages | tojson }}", &[message]).unwrap();

@@ -182,7 +182,7 @@ pub fn messages(
             .map(|(id, name, arguments)| Call {
                 id,
                 name,
-                arguments,
+                arguments: arguments.as_str().into(),
             })
             .collect();
         out.push(Message::assistant(

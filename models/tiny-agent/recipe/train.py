@@ -339,9 +339,12 @@ class Data:
     def __init__(self, tokenizer, options, rank=0, workers=1, drawers=0):
         self.options = options
         self.rank, self.workers = rank, workers
-        self.drawer, self.pool, self.ahead = Drawer(tokenizer, options), None, {}
+        self.drawer = self.pool = None
+        self.ahead = {}
         self.chunk, self.batches = None, []
-        if drawers:
+        if not drawers:
+            self.drawer = Drawer(tokenizer, options)
+        else:
             self.pool = concurrent.futures.ProcessPoolExecutor(
                 drawers, multiprocessing.get_context("spawn"), begin_drawing, (tokenizer.to_str(), options)
             )

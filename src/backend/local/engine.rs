@@ -662,10 +662,9 @@ mod tests {
         local::{
             kv::{KvLayout, Pool},
             tests::{
-                device, prompt_of, read, rope,
+                device, load, prompt_of, read, rope,
                 tiny_llama::{Family, TinyLlama},
             },
-            weights::Weights,
         },
     };
 
@@ -679,9 +678,7 @@ mod tests {
     fn model() -> (Model, KvLayout) {
         let dir = tempfile::tempdir().unwrap();
         TinyLlama::new(Family::Qwen3, 50).write(dir.path());
-        let (config, weights) = Weights::open(&dir.path().into(), &device()).unwrap();
-        let layout = config.kv_layout(8, weights.dtype());
-        (Model::new(&config, weights, &device()).unwrap(), layout)
+        load(dir.path(), 8)
     }
 
     /// A worker that takes its rounds when the test says so.

@@ -250,9 +250,9 @@ mod tests {
     use super::*;
     use crate::backend::local::{
         kv::Pool,
-        model::{Model, Piece},
+        model::Piece,
         tests::{
-            device,
+            device, load,
             tiny_llama::{FAMILIES, Family, TinyLlama},
         },
         weights::Weights,
@@ -334,9 +334,7 @@ mod tests {
     }
 
     fn logits(dir: &Path) -> Vec<f32> {
-        let (config, weights) = Weights::open(&dir.into(), &device()).unwrap();
-        let layout = config.kv_layout(8, weights.dtype());
-        let model = Model::new(&config, weights, &device()).unwrap();
+        let (model, layout) = load(dir, 8);
         let mut kv = Pool::new(layout, &device()).empty();
         let tokens: Vec<u32> = (0..60).map(|at| (at * at + 7 * at + 3) % 64).collect();
         let mut pieces = [Piece {

@@ -521,7 +521,7 @@ mod tests {
     use crate::backend::local::{
         kv::Pool,
         tests::{
-            device,
+            self, device,
             tiny_llama::{FAMILIES, Family, TinyLlama},
         },
     };
@@ -538,9 +538,7 @@ mod tests {
     }
 
     fn read(dir: &Path) -> (Model, Pool) {
-        let (config, weights) = Weights::open(&dir.into(), &device()).unwrap();
-        let layout = config.kv_layout(8, weights.dtype());
-        let model = Model::new(&config, weights, &device()).unwrap();
+        let (model, layout) = tests::load(dir, 8);
         (model, Pool::new(layout, &device()))
     }
 

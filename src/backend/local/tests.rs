@@ -7,7 +7,7 @@ use futures::executor::block_on;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tempfile::TempDir;
 
-use super::*;
+use super::{kv::KvLayout, *};
 use crate::{
     backend::{Chunk, SampleEnd, Sampling},
     item::{ResponseId, TokenLogprob},
@@ -78,6 +78,13 @@ pub(super) fn device() -> Device {
     DeviceChoice::Auto.open().unwrap()
 }
 
+/// The model in a directory, and the layout of its keys and values in blocks of so many tokens.
+pub(super) fn load(dir: &Path, block_tokens: usize) -> (Model, KvLayout) {
+    let (config, weights) = Weights::open(&dir.into(), &device()).unwrap();
+    let layout = config.kv_layout(block_tokens, weights.dtype());
+    (Model::new(&config, weights, &device()).unwrap(), layout)
+}
+
 fn model(family: Family) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     TinyLlama::new(family, VOCAB as usize).write(dir.path());
@@ -140,11 +147,8 @@ fn the_cache_changes_no_answer() {
             };
             Local::load(dir.path(), options).unwrap()
         };
-        let block = {
-            let (config, weights) = Weights::open(&dir.path().into(), &device()).unwrap();
-            let layout = config.kv_layout(BLOCK_TOKENS, weights.dtype());
-            Pool::new(layout, &device()).block_bytes()
-        };
+        let (_, layout) = self::load(dir.path(), BLOCK_TOKENS);
+        let block = Pool::new(layout, &device()).block_bytes();
         let cold = load(0);
         for blocks in [12, 1000] {
             let warm = load(blocks * block);
