@@ -244,6 +244,7 @@ fn prompt(tenant: &str, tokens: &Rope, max_tokens: u32) -> Prompt {
         affinity: "bench".into(),
         tokens: tokens.clone(),
         recent: Vec::new(),
+        chat: None,
         sampling: Sampling::greedy(max_tokens),
     }
 }

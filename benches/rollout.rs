@@ -365,6 +365,7 @@ fn prompt(affinity: &str, plan: &[(u32, f32)]) -> Prompt {
         affinity: affinity.into(),
         tokens: Rope::default(),
         recent: Vec::new(),
+        chat: None,
         sampling: Sampling {
             logit_bias: plan.into(),
             ..Sampling::greedy(u32::MAX)

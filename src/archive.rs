@@ -232,6 +232,7 @@ impl Tier {
             input: items(false),
             output: items(true),
             batches: record.batches.iter().map(|it| it.items.clone()).collect(),
+            chat: std::sync::OnceLock::new(),
             view,
             pending: record.pending.clone(),
             rope,

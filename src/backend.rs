@@ -12,13 +12,15 @@ pub mod local;
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures::{Stream, future::BoxFuture};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     item::{Item, ResponseId, Tenant, TokenLogprob},
     ledger::Rope,
-    parse::Grammar,
+    parse::{Grammar, Parsed},
+    request::Settings,
 };
 
 /// The answer to a prompt: chunks until the sample ends. Dropping it cancels the sample.
@@ -31,6 +33,11 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Whether it can take a prompt now.
     fn healthy(&self) -> bool;
+
+    /// How many samples its engine runs or has waiting, those of others included, where it tells.
+    fn load(&self) -> Option<u32> {
+        None
+    }
 
     /// Whether samples of this tenant can keep to this grammar. Asked before a prompt is sampled
     /// with it, and again for each prompt that has it: the second time must cost little.
@@ -58,7 +65,7 @@ pub trait Backend: Send + Sync + 'static {
 /// What a backend can do. What it cannot is refused before a prompt is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {
-    /// The kind of backend, for people: `sim`, `local`.
+    /// The kind of backend, for people: `sim`, `local`, `gpu`, `cerebras`.
     pub kind: &'static str,
     /// Keeps a conversation's cache between samples.
     pub keeps_cache: bool,
@@ -70,6 +77,8 @@ pub struct Capabilities {
     pub logprobs: bool,
     /// Reads the items behind the tokens.
     pub reads_items: bool,
+    /// Reads the conversation as messages, and renders it by itself.
+    pub reads_messages: bool,
     /// Honours temperature, top-p, top-k, seed, penalties and logit bias.
     pub sampling: bool,
 }
@@ -89,8 +98,29 @@ pub struct Prompt {
     /// The items since the last message of the user, that message included, newest last. Only
     /// for backends that read items; empty for others.
     pub recent: Vec<Arc<Item>>,
+    /// The same conversation as messages. Only for backends that read messages.
+    pub chat: Option<Chat>,
     /// How to sample.
     pub sampling: Sampling,
+}
+
+/// A conversation for an engine that renders by itself.
+#[derive(Debug, Clone)]
+pub struct Chat {
+    /// What is asked for: instructions, tools, and what else such an engine is to be told.
+    pub settings: Arc<Settings>,
+    /// What the model sees of the conversation, oldest first, without the instructions.
+    pub messages: Vec<ChatMessage>,
+}
+
+/// A message as JSON in the form of OpenAI's chat completions, which so many services speak. Made
+/// once for each message and kept with the conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatMessage {
+    /// The object, without the brace that closes it.
+    pub object: Bytes,
+    /// The reasoning before an answer, as a JSON string. Services differ in the key that it has.
+    pub reasoning: Option<Bytes>,
 }
 
 /// How to sample. All values are in range.
@@ -151,10 +181,32 @@ pub struct Chunk {
     pub tokens: Vec<u32>,
     /// One entry a token where log probabilities were asked for, else empty.
     pub logprobs: Vec<TokenLogprob>,
-    /// Tokens of the prompt that came from the engine's cache, where it tells; in the first chunk.
+    /// Tokens of the prompt that came from the engine's cache, where it tells; in one of the chunks.
     pub cached_tokens: Option<u32>,
+    /// What stands in place of tokens where the backend reads messages.
+    pub told: Option<Box<Told>>,
     /// Why the sample ended; only in the last chunk.
     pub finish: Option<SampleEnd>,
+}
+
+/// A piece of an answer that the engine has read by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Told {
+    /// What the model said.
+    pub parsed: Vec<Parsed>,
+    /// What the engine counted; in one of the chunks.
+    pub usage: Option<TokensCounted>,
+}
+
+/// The tokens of a sample as the engine counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TokensCounted {
+    /// Tokens of the prompt.
+    pub input: u32,
+    /// Tokens that were sampled, reasoning included.
+    pub output: u32,
+    /// Those that were reasoning.
+    pub reasoning: u32,
 }
 
 /// Why a sample ended.
@@ -164,6 +216,8 @@ pub enum SampleEnd {
     Stop,
     /// `max_tokens` were sampled.
     Length,
+    /// The engine's own monitor ended it.
+    ContentFilter,
 }
 
 /// What a model in this process computes on.
@@ -201,6 +255,12 @@ pub enum BackendError {
         reason: String,
         /// When it may be, where known.
         retry_after: Option<Duration>,
+    },
+    /// It does not take this prompt, and would not another time: nothing was sampled.
+    #[error("the backend refuses the prompt: {reason}")]
+    Refused {
+        /// For people.
+        reason: String,
     },
     /// It broke, perhaps after some tokens.
     #[error("the backend failed: {reason}")]

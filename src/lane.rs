@@ -833,6 +833,7 @@ fn from_backend(error: BackendError) -> Error {
             retry_after,
             ..Error::new(Code::BackendUnavailable, message)
         },
+        BackendError::Refused { .. } => Error::new(Code::InvalidRequest, message),
         BackendError::Failed { .. } => Error::new(Code::BackendError, message),
     }
 }

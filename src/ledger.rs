@@ -12,7 +12,12 @@
 //! A *rendered* segment holds text that the template produced and what the tokenizer made of it;
 //! a *sampled* one holds the tokens of a sample exactly as they were sampled, never encoded again.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, OnceLock},
+};
+
+use bytes::Bytes;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -77,6 +82,56 @@ struct Segment {
     /// The hash of all tokens up to this segment, and of those with it.
     hash_before: Sha256,
     hash_after: Sha256,
+    /// Its ids as they were last written for an engine, in the first form that was asked for: as a
+    /// rule a conversation stays with one kind of engine.
+    encoded: OnceLock<Box<(IdForm, Bytes)>>,
+}
+
+/// How token ids are written for an engine. In each form the ids of a prompt are those of its
+/// parts, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdForm {
+    /// Protobuf varints, as a packed field has them.
+    Varint,
+    /// Decimal numbers, a comma before each.
+    Decimal,
+    /// MessagePack's shortest integers, as an array has them.
+    MessagePack,
+}
+
+impl IdForm {
+    fn encode(self, ids: &[u32]) -> Bytes {
+        let mut bytes = Vec::with_capacity(ids.len() * 3);
+        for id in ids {
+            match self {
+                Self::Varint => {
+                    let mut rest = *id;
+                    while rest >= 0x80 {
+                        bytes.push(rest as u8 | 0x80);
+                        rest >>= 7;
+                    }
+                    bytes.push(rest as u8);
+                }
+                Self::Decimal => {
+                    bytes.push(b',');
+                    bytes.extend_from_slice(id.to_string().as_bytes());
+                }
+                Self::MessagePack => match *id {
+                    id @ 0..0x80 => bytes.push(id as u8),
+                    id @ 0x80..0x100 => bytes.extend([0xcc, id as u8]),
+                    id @ 0x100..0x1_0000 => {
+                        bytes.push(0xcd);
+                        bytes.extend_from_slice(&(id as u16).to_be_bytes());
+                    }
+                    id => {
+                        bytes.push(0xce);
+                        bytes.extend_from_slice(&id.to_be_bytes());
+                    }
+                },
+            }
+        }
+        bytes.into()
+    }
 }
 
 impl Segment {
@@ -207,6 +262,7 @@ impl Rope {
                 sampled_before: self.sampled_tokens(),
                 hash_before,
                 hash_after,
+                encoded: OnceLock::new(),
             })),
         }
     }
@@ -445,6 +501,27 @@ impl Rope {
         slices
     }
 
+    /// All ids in this form, in parts. What was written once is kept on the ledger, so that only ids
+    /// that are new are written again: of the others it costs a pointer a segment.
+    #[must_use]
+    pub fn encoded(&self, form: IdForm) -> Vec<Bytes> {
+        let mut parts = Vec::new();
+        let mut rope = self;
+        while let Some(segment) = &rope.segment {
+            let ids = &segment.ids[..rope.tokens - segment.parent.tokens];
+            let kept = segment
+                .encoded
+                .get_or_init(|| Box::new((form, form.encode(&segment.ids))));
+            parts.push(match &**kept {
+                (kept, bytes) if *kept == form && ids.len() == segment.ids.len() => bytes.clone(),
+                _ => form.encode(ids),
+            });
+            rope = &segment.parent;
+        }
+        parts.reverse();
+        parts
+    }
+
     /// The last token, where it stands as it was sampled.
     #[must_use]
     pub fn last_sampled(&self) -> Option<u32> {
@@ -537,6 +614,7 @@ impl Segment {
             + size_of_val(&*self.cuts)
             + size_of_val(&*self.untrusted)
             + size_of_val(&*self.spans)
+            + self.encoded.get().map_or(0, |kept| kept.1.len())
     }
 }
 
@@ -784,6 +862,9 @@ mod tests {
                 let whole = Rope::default().with_rendered(draft(&Rope::default(), &model));
                 prop_assert_eq!(rope.fingerprint(), whole.fingerprint());
                 prop_assert_eq!(rope.common_bytes(0, &model, &[]), model.len());
+                for form in [IdForm::Varint, IdForm::Decimal, IdForm::MessagePack] {
+                    prop_assert_eq!(rope.encoded(form).concat(), form.encode(&ids));
+                }
                 prop_assert_eq!(rope.tokens_from(ids.len() / 2), ids[ids.len() / 2..].to_vec());
             }
             for (fork, model) in &forks {

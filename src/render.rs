@@ -16,9 +16,13 @@ use rpds::VectorSync;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+mod chat;
+
+pub use chat::messages;
+
 use crate::{
     event::{Code, Error},
-    item::{Body, Item, Part, Role, Tenant, ToolKind},
+    item::{Body, CallId, Item, Part, Role, Tenant, ToolKind},
     ledger::{Cut, Draft, Rope, common_prefix, first_difference},
     model::Artifacts,
     request::{Effort, Settings, ValidItem},
@@ -231,39 +235,159 @@ impl Messages for Script {
     }
 }
 
-/// Turns items that belong together, the input of one command or the output of one sample, into
-/// messages: reasoning, text and calls in a row become one message of the assistant.
-#[must_use]
-pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
-    let guard = artifacts.tokenizer.guard();
-    let mut entries = Vec::new();
-    let mut answer = Answer::default();
+/// What one message says: of the assistant, reasoning, text and calls in a row.
+pub(crate) struct Said {
+    /// Who says it.
+    pub(crate) by: By,
+    /// How many items it was made of.
+    items: u32,
+    /// Bytes of text in them.
+    bytes: usize,
+}
+
+/// Who says something, and what.
+pub(crate) enum By {
+    /// A user, an operator or a developer.
+    Client(Role, Arc<str>),
+    /// The model.
+    Model(Answer),
+    /// A tool.
+    Tool {
+        call_id: CallId,
+        name: Arc<str>,
+        output: Arc<str>,
+    },
+    /// Nobody: what stands in place of everything before it.
+    Summary(Arc<str>),
+}
+
+/// A message of the assistant.
+#[derive(Default)]
+pub(crate) struct Answer {
+    pub(crate) reasoning: Option<String>,
+    pub(crate) text: Option<Arc<str>>,
+    calls: Vec<Arc<Item>>,
+}
+
+impl Answer {
+    /// Its calls: the id, the name of the tool, and the arguments as they were sampled.
+    pub(crate) fn calls(&self) -> impl Iterator<Item = (&CallId, &Arc<str>, &Arc<str>)> {
+        self.calls.iter().filter_map(|item| match &item.body {
+            Body::FunctionCall {
+                call_id,
+                name,
+                arguments,
+            }
+            | Body::CustomToolCall {
+                call_id,
+                name,
+                arguments,
+                ..
+            } => Some((call_id, name, arguments)),
+            Body::Message { .. }
+            | Body::FunctionCallOutput { .. }
+            | Body::Reasoning { .. }
+            | Body::CustomToolCallOutput { .. }
+            | Body::Compaction { .. } => None,
+        })
+    }
+}
+
+/// What the messages say that items make which belong together, the input of one command or the
+/// output of one sample: reasoning, text and calls in a row become one message of the assistant.
+pub(crate) fn said(items: &[ValidItem]) -> Vec<Said> {
+    let mut all = Vec::new();
+    let mut open = Open::default();
     for new in items {
         let item = &*new.item;
+        let one = |by| Said {
+            by,
+            items: 1,
+            bytes: item.text_bytes(),
+        };
         match &item.body {
             Body::Reasoning { content } => {
-                if answer.text.is_some() || !answer.calls.is_empty() {
-                    answer.flush(guard, &mut entries);
+                if open.answer.text.is_some() || !open.answer.calls.is_empty() {
+                    open.flush(&mut all);
                 }
-                answer.reasoning.get_or_insert_default().push_str(content);
-                answer.add(item);
+                open.answer
+                    .reasoning
+                    .get_or_insert_default()
+                    .push_str(content);
+                open.add(item);
             }
             Body::Message {
                 role: Role::Assistant,
-                ..
+                parts,
             } => {
-                if answer.text.is_some() || !answer.calls.is_empty() {
-                    answer.flush(guard, &mut entries);
+                if open.answer.text.is_some() || !open.answer.calls.is_empty() {
+                    open.flush(&mut all);
                 }
-                answer.text = Some(text_of(item));
-                answer.add(item);
+                open.answer.text = Some(Part::joined(parts));
+                open.add(item);
             }
             Body::FunctionCall { .. } | Body::CustomToolCall { .. } => {
-                answer.calls.push(new.item.clone());
-                answer.add(item);
+                open.answer.calls.push(new.item.clone());
+                open.add(item);
             }
-            Body::Message { role, .. } => {
-                answer.flush(guard, &mut entries);
+            Body::Message { role, parts } => {
+                open.flush(&mut all);
+                all.push(one(By::Client(*role, Part::joined(parts))));
+            }
+            Body::FunctionCallOutput { call_id, output }
+            | Body::CustomToolCallOutput { call_id, output } => {
+                open.flush(&mut all);
+                all.push(one(By::Tool {
+                    call_id: call_id.clone(),
+                    name: new.answers.clone().unwrap_or_default(),
+                    output: output.clone(),
+                }));
+            }
+            Body::Compaction { summary } => {
+                open.flush(&mut all);
+                all.push(one(By::Summary(summary.clone())));
+            }
+        }
+    }
+    open.flush(&mut all);
+    all
+}
+
+/// A message of the assistant while its items are gathered.
+#[derive(Default)]
+struct Open {
+    answer: Answer,
+    items: u32,
+    bytes: usize,
+}
+
+impl Open {
+    fn add(&mut self, item: &Item) {
+        self.items += 1;
+        self.bytes += item.text_bytes();
+    }
+
+    fn flush(&mut self, all: &mut Vec<Said>) {
+        if self.items > 0 {
+            let open = std::mem::take(self);
+            all.push(Said {
+                by: By::Model(open.answer),
+                items: open.items,
+                bytes: open.bytes,
+            });
+        }
+    }
+}
+
+/// Turns items that belong together, the input of one command or the output of one sample, into
+/// messages for the template.
+#[must_use]
+pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
+    let guard = artifacts.tokenizer.guard();
+    let all = said(items).into_iter();
+    all.map(|said| {
+        let (speaker, message) = match said.by {
+            By::Client(role, text) => {
                 let role = match role {
                     Role::Developer if artifacts.template.source().contains("developer") => {
                         "developer"
@@ -271,41 +395,47 @@ pub fn entries(items: &[ValidItem], artifacts: &Artifacts) -> Vec<Entry> {
                     Role::System | Role::Developer => "system",
                     Role::User | Role::Assistant => "user",
                 };
-                entries.push(Entry {
-                    message: Message::text(role, with_marks(guard, &text_of(item))),
-                    speaker: Speaker::Client,
-                    items: 1,
-                    bytes: item.text_bytes(),
-                });
+                let message = Message::text(role, with_marks(guard, &text));
+                (Speaker::Client, message)
             }
-            Body::FunctionCallOutput { call_id, output }
-            | Body::CustomToolCallOutput { call_id, output } => {
-                answer.flush(guard, &mut entries);
-                let name = new.answers.as_deref().unwrap_or_default();
-                entries.push(Entry {
-                    message: Message::tool_output(
-                        call_id.as_str(),
-                        name,
-                        with_marks(guard, output),
-                    ),
-                    speaker: Speaker::Tool,
-                    items: 1,
-                    bytes: item.text_bytes(),
-                });
+            By::Model(answer) => (Speaker::Model, assistant(guard, answer)),
+            By::Tool {
+                call_id,
+                name,
+                output,
+            } => {
+                let output = with_marks(guard, &output);
+                let message = Message::tool_output(call_id.as_str(), &name, output);
+                (Speaker::Tool, message)
             }
-            Body::Compaction { summary } => {
-                answer.flush(guard, &mut entries);
-                entries.push(Entry {
-                    message: Message::text("user", with_marks(guard, summary)),
-                    speaker: Speaker::Summary,
-                    items: 1,
-                    bytes: item.text_bytes(),
-                });
+            By::Summary(text) => {
+                let message = Message::text("user", with_marks(guard, &text));
+                (Speaker::Summary, message)
             }
+        };
+        Entry {
+            message,
+            speaker,
+            items: said.items,
+            bytes: said.bytes,
         }
-    }
-    answer.flush(guard, &mut entries);
-    entries
+    })
+    .collect()
+}
+
+fn assistant(guard: &Guard, answer: Answer) -> Message {
+    let calls: Vec<Call<'_>> = answer
+        .calls()
+        .map(|(call_id, name, arguments)| Call {
+            id: call_id.as_str(),
+            name,
+            arguments: sharing(arguments, guard.mark_json(arguments)),
+        })
+        .collect();
+    let text = answer.text.as_ref().map(|text| with_marks(guard, text));
+    let reasoning = answer.reasoning.as_deref();
+    let reasoning = reasoning.map(|text| with_marks(guard, &text.into()));
+    Message::assistant(reasoning, text, &calls)
 }
 
 /// The text with marks for the template, or, where nothing in it needs any, the very same.
@@ -318,77 +448,6 @@ fn sharing(text: &Arc<str>, marked: Cow<'_, str>) -> Arc<str> {
     match marked {
         Cow::Borrowed(_) => text.clone(),
         Cow::Owned(text) => text.into(),
-    }
-}
-
-/// The text of a message's parts, joined.
-fn text_of(item: &Item) -> Arc<str> {
-    match &item.body {
-        Body::Message { parts, .. } => Part::joined(parts),
-        Body::FunctionCall { .. }
-        | Body::FunctionCallOutput { .. }
-        | Body::Reasoning { .. }
-        | Body::CustomToolCall { .. }
-        | Body::CustomToolCallOutput { .. }
-        | Body::Compaction { .. } => Arc::default(),
-    }
-}
-
-/// A message of the assistant while its items are gathered.
-#[derive(Default)]
-struct Answer {
-    reasoning: Option<String>,
-    text: Option<Arc<str>>,
-    calls: Vec<Arc<Item>>,
-    items: u32,
-    bytes: usize,
-}
-
-impl Answer {
-    fn add(&mut self, item: &Item) {
-        self.items += 1;
-        self.bytes += item.text_bytes();
-    }
-
-    fn flush(&mut self, guard: &Guard, entries: &mut Vec<Entry>) {
-        if self.items == 0 {
-            return;
-        }
-        let answer = std::mem::take(self);
-        let calls: Vec<Call<'_>> = answer
-            .calls
-            .iter()
-            .filter_map(|item| match &item.body {
-                Body::FunctionCall {
-                    call_id,
-                    name,
-                    arguments,
-                }
-                | Body::CustomToolCall {
-                    call_id,
-                    name,
-                    arguments,
-                    ..
-                } => Some(Call {
-                    id: call_id.as_str(),
-                    name,
-                    arguments: sharing(arguments, guard.mark_json(arguments)),
-                }),
-                Body::Message { .. }
-                | Body::FunctionCallOutput { .. }
-                | Body::Reasoning { .. }
-                | Body::CustomToolCallOutput { .. }
-                | Body::Compaction { .. } => None,
-            })
-            .collect();
-        let reasoning = answer.reasoning.map(|text| with_marks(guard, &text.into()));
-        let text = answer.text.map(|text| with_marks(guard, &text));
-        entries.push(Entry {
-            message: Message::assistant(reasoning, text, &calls),
-            speaker: Speaker::Model,
-            items: answer.items,
-            bytes: answer.bytes,
-        });
     }
 }
 

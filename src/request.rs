@@ -647,6 +647,7 @@ mod tests {
                 constrained_sampling: false,
                 logprobs: false,
                 reads_items: false,
+                reads_messages: false,
                 sampling: true,
             },
             reasoning_effort: false,

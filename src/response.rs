@@ -14,10 +14,13 @@
 mod constraint;
 mod round;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
 
 use crate::{
-    backend::{Chunk, Prompt, SampleEnd, Sampling},
+    backend::{Chat, ChatMessage, Chunk, Prompt, SampleEnd, Sampling},
     event::{
         Code, Done, Error, Event, Finish, IncompleteReason, PromptReport, RerenderReason,
         SampleReport, Status, Timing, Usage,
@@ -94,6 +97,8 @@ pub struct Open {
     /// What the conversation has got in this response: the input of each command and the output
     /// of each sample, in order.
     batches: Vec<Vec<ValidItem>>,
+    /// The first of them as messages for engines that read messages, where one was asked.
+    chat: Vec<Vec<ChatMessage>>,
     /// All messages of the conversation.
     entries: Entries,
     visible: Visible,
@@ -224,6 +229,8 @@ pub enum RoundEnd {
     Length,
     /// An item is whole and input waits for just that.
     Boundary,
+    /// The engine's own monitor ended it.
+    Filtered,
     /// The client or the server went away.
     Interrupted,
 }
@@ -346,6 +353,7 @@ impl Open {
             steering,
             open_calls,
             batches: Vec::new(),
+            chat: Vec::new(),
             entries,
             visible,
             resume,
@@ -570,7 +578,11 @@ impl Open {
 
     /// The prompt, for a sample that now begins.
     pub fn begin_round(&mut self) -> Prompt {
-        let prompt = self.prompt();
+        let chat = self.chat();
+        let prompt = Prompt {
+            chat,
+            ..self.prompt()
+        };
         self.usage.samples += 1;
         self.sampled_before = self.usage.output_tokens;
         self.usage.input_tokens += self.report.tokens;
@@ -578,7 +590,27 @@ impl Open {
         prompt
     }
 
-    /// The prompt as it stands.
+    /// The conversation as messages, where the backend reads them. Those of the past are made once.
+    fn chat(&mut self) -> Option<Chat> {
+        if !self.model.backend.capabilities().reads_messages {
+            return None;
+        }
+        for batch in &self.batches[self.chat.len()..] {
+            self.chat.push(render::messages(batch));
+        }
+        let past: Vec<&Committed> = self.parent.iter().flat_map(|it| it.chain()).collect();
+        let past = past.iter().rev().flat_map(|node| node.chat());
+        let all: Vec<&ChatMessage> = past.chain(self.chat.iter().flatten()).collect();
+        let Visible { from, pinned, .. } = self.visible;
+        let pinned = pinned.and_then(|at| all.get(at));
+        let seen = pinned.into_iter().chain(all.iter().skip(from));
+        Some(Chat {
+            settings: self.settings.clone(),
+            messages: seen.map(|message| (*message).clone()).collect(),
+        })
+    }
+
+    /// The prompt as it stands, its tokens alone.
     #[must_use]
     pub fn prompt(&self) -> Prompt {
         let settings = &self.settings;
@@ -590,6 +622,7 @@ impl Open {
             affinity: self.affinity(),
             tokens: self.rope.clone(),
             recent: self.recent(),
+            chat: None,
             sampling: Sampling {
                 max_tokens: self.max_tokens(),
                 end_tokens: self.model.artifacts.end_tokens.clone(),
@@ -678,12 +711,27 @@ impl Open {
                 break;
             }
         }
+        if let Some(told) = chunk.told {
+            if let Some(counted) = told.usage {
+                // The engine's own rendering counts, not ours.
+                self.usage.input_tokens += counted.input;
+                self.usage.input_tokens -= self.report.tokens.min(self.usage.input_tokens);
+                self.usage.output_tokens += counted.output;
+                self.usage.reasoning_tokens += counted.reasoning;
+            }
+            for parsed in told.parsed {
+                if end.is_none() {
+                    end = round.told(parsed, self, events);
+                }
+            }
+        }
         self.usage.reasoning_tokens += round.take_reasoning_tokens();
         self.round = Some(round);
         Ok(end.or_else(|| {
             chunk.finish.map(|finish| match finish {
                 SampleEnd::Stop => RoundEnd::Stop,
                 SampleEnd::Length => RoundEnd::Length,
+                SampleEnd::ContentFilter => RoundEnd::Filtered,
             })
         }))
     }
@@ -708,10 +756,12 @@ impl Open {
             RoundEnd::Stop | RoundEnd::Boundary if called => Some(Finish::ToolCalls),
             RoundEnd::Stop | RoundEnd::Boundary => Some(Finish::Stop),
             RoundEnd::Length => Some(Finish::Length),
+            RoundEnd::Filtered => Some(Finish::ContentFilter),
             RoundEnd::Interrupted => None,
         };
         match end {
             RoundEnd::Length => Next::Finish(End::Incomplete(IncompleteReason::MaxOutputTokens)),
+            RoundEnd::Filtered => Next::Finish(End::Incomplete(IncompleteReason::ContentFilter)),
             RoundEnd::Interrupted => Next::Finish(End::Incomplete(IncompleteReason::Interrupted)),
             RoundEnd::Stop | RoundEnd::Boundary => self.next(),
         }
@@ -948,6 +998,7 @@ impl Open {
             date: self.head.date(),
             output: self.output,
             batches: self.batches,
+            chat: OnceLock::new(),
             view: Some(View {
                 artifacts: self.model.artifacts.clone(),
                 head: self.head,

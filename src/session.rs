@@ -8,7 +8,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -18,11 +18,12 @@ use dashmap::DashMap;
 use parking_lot::Mutex;
 
 use crate::{
+    backend::ChatMessage,
     event::{Finish, PromptReport, Status, Usage},
     item::{Item, ItemId, ResponseId, Tenant},
     ledger::Rope,
     model::Artifacts,
-    render::{Entries, Head, Resume, Visible},
+    render::{self, Entries, Head, Resume, Visible},
     request::{OpenCall, Settings, ValidItem},
 };
 
@@ -46,6 +47,8 @@ pub struct Committed {
     pub affinity: Arc<str>,
     /// What the conversation got in it: the input of each command and the output of each sample.
     pub batches: Vec<Vec<ValidItem>>,
+    /// The same as messages for engines that read messages, once one was asked.
+    pub chat: OnceLock<Vec<ChatMessage>>,
     /// Its input items, in the order of the conversation.
     pub input: Vec<Arc<Item>>,
     /// Its output items, in order.
@@ -141,6 +144,14 @@ impl Committed {
     pub fn view_under(&self, artifacts: &Artifacts) -> Option<&View> {
         let view = self.view.as_ref();
         view.filter(|view| view.artifacts.fingerprint == artifacts.fingerprint)
+    }
+
+    /// What the conversation got in it, as messages for engines that read messages.
+    pub fn chat(&self) -> &[ChatMessage] {
+        self.chat.get_or_init(|| {
+            let batches = self.batches.iter();
+            batches.flat_map(|batch| render::messages(batch)).collect()
+        })
     }
 
     /// This response and those before it, newest first.

@@ -261,6 +261,7 @@ impl Backend for Answering {
             constrained_sampling: false,
             logprobs: false,
             reads_items: false,
+            reads_messages: false,
             sampling: true,
         }
     }

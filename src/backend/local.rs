@@ -406,6 +406,7 @@ impl Backend for Local {
             constrained_sampling: self.guides.is_some(),
             logprobs: true,
             reads_items: false,
+            reads_messages: false,
             sampling: true,
         }
     }

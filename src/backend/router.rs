@@ -41,6 +41,7 @@ impl Router {
                 sampling: all.sampling && one.sampling,
                 // If one reads them, they are given.
                 reads_items: all.reads_items || one.reads_items,
+                reads_messages: all.reads_messages || one.reads_messages,
             },
         );
         Self {

@@ -395,6 +395,7 @@ impl Backend for Sim {
             constrained_sampling: false,
             logprobs: false,
             reads_items: true,
+            reads_messages: false,
             sampling: true,
         }
     }

@@ -256,11 +256,25 @@ impl Round {
         Ok(None)
     }
 
+    /// Takes what an engine has read by itself. `Some` when the sample ends with it.
+    pub(super) fn told(
+        &mut self,
+        parsed: Parsed,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> Option<RoundEnd> {
+        let end = self.apply(parsed, open, events);
+        if end.is_some() {
+            self.stage = Stage::CutShort;
+        }
+        end
+    }
+
     /// Ends the sample: what is held back is let go, the item in progress is closed.
     pub(super) fn finish(&mut self, end: RoundEnd, open: &mut Open, events: &mut Vec<Event>) {
         let status = match end {
             RoundEnd::Stop | RoundEnd::Boundary => ItemStatus::Completed,
-            RoundEnd::Length | RoundEnd::Interrupted => ItemStatus::Incomplete,
+            RoundEnd::Length | RoundEnd::Filtered | RoundEnd::Interrupted => ItemStatus::Incomplete,
         };
         if self.stage == Stage::Running {
             self.stage = Stage::Ending;

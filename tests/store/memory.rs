@@ -289,6 +289,7 @@ fn portrait(response: &Committed) -> String {
         date,
         affinity,
         batches,
+        chat: _,
         input,
         output,
         view,

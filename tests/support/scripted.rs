@@ -53,6 +53,7 @@ impl Backend for Scripted {
             constrained_sampling: true,
             logprobs: true,
             reads_items: false,
+            reads_messages: false,
             sampling: true,
         }
     }

@@ -215,6 +215,7 @@ impl Backend for Scripted {
             constrained_sampling: false,
             logprobs: true,
             reads_items: false,
+            reads_messages: false,
             sampling: true,
         }
     }
@@ -282,8 +283,8 @@ impl Sample {
         let chunk = Chunk {
             tokens,
             logprobs,
-            cached_tokens: None,
             finish,
+            ..Chunk::default()
         };
         let _ = self.chunks.send(Ok(chunk));
     }

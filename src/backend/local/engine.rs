@@ -631,6 +631,7 @@ impl Worker {
             logprobs: logprob.into_iter().collect(),
             cached_tokens: cached.map(|count| count as u32),
             finish: end,
+            ..Chunk::default()
         };
         if end.is_some() {
             return self.keep(running).end(Ok(chunk));

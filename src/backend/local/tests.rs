@@ -62,6 +62,7 @@ pub(super) fn prompt_of(affinity: &str, tokens: &Rope, sampling: Sampling) -> Pr
         affinity: affinity.into(),
         tokens: tokens.clone(),
         recent: Vec::new(),
+        chat: None,
         sampling,
     }
 }
