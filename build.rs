@@ -30,5 +30,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             "crate::proto::ConnectResponse",
         )
         .compile_fds(descriptors)?;
+    // What engines speak. Servers of it too, which tests play the engines with.
+    let engines = protox::compile(
+        ["vllm_engine.proto", "sglang_scheduler.proto"],
+        ["proto/third_party"],
+    )?;
+    tonic_prost_build::configure()
+        .build_transport(false)
+        .compile_fds(engines)?;
     Ok(())
 }

@@ -4,8 +4,11 @@
 //! stream of [`Chunk`]s. Dropping the stream cancels the sample. The router is a backend made of
 //! backends; `sim` plays scripts; `local` runs a model in this process.
 
+pub mod gpu;
 pub mod router;
 pub mod sim;
+
+mod lark;
 
 #[cfg(feature = "local")]
 pub mod local;
@@ -136,8 +139,8 @@ pub struct Sampling {
     pub top_p: f32,
     /// 0 takes all tokens.
     pub top_k: u32,
-    /// Seed of the sampler; a random one where the client gave none.
-    pub seed: u64,
+    /// Seed of the sampler; `None`: any.
+    pub seed: Option<u64>,
     /// -2 to 2, over the tokens sampled in this response.
     pub presence_penalty: f32,
     /// -2 to 2, over the tokens sampled in this response.
@@ -163,7 +166,7 @@ impl Sampling {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
-            seed: 0,
+            seed: None,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             logit_bias: Arc::default(),

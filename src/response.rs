@@ -629,7 +629,7 @@ impl Open {
                 temperature: settings.temperature.unwrap_or(defaults.temperature),
                 top_p: settings.top_p.unwrap_or(defaults.top_p),
                 top_k: settings.top_k.unwrap_or(defaults.top_k),
-                seed: settings.seed.unwrap_or_else(rand::random),
+                seed: settings.seed,
                 presence_penalty: settings.presence_penalty.unwrap_or(0.0),
                 frequency_penalty: settings.frequency_penalty.unwrap_or(0.0),
                 logit_bias: settings.logit_bias.clone().unwrap_or_default(),

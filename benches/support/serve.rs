@@ -241,7 +241,7 @@ impl Answering {
     fn length(&self, prompt: &Prompt) -> (usize, usize) {
         let plan = &prompt.sampling.logit_bias;
         if plan.is_empty() {
-            return (usize::try_from(prompt.sampling.seed).unwrap(), 1);
+            return (usize::try_from(prompt.sampling.seed.unwrap()).unwrap(), 1);
         }
         let mut given = self.given.lock().unwrap();
         let step = given.entry(prompt.affinity.clone()).or_default();

@@ -443,7 +443,10 @@ async fn settings_are_inherited_replaced_and_reset() {
         let it = &sample.prompt.sampling;
         (it.temperature, it.top_k, it.seed)
     };
-    assert_eq!((of(&first), of(&second)), ((0.5, 3, 7), (1.0, 5, 7)));
+    assert_eq!(
+        (of(&first), of(&second)),
+        ((0.5, 3, Some(7)), (1.0, 5, Some(7)))
+    );
     assert!(first.text().contains("Be brief."));
     assert!(!second.text().contains("Be brief."));
     talk.bye().await;

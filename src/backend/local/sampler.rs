@@ -47,7 +47,7 @@ impl Sampler {
         Self {
             guide,
             tokens_left: tokens_max.min(sampling.max_tokens as usize),
-            random: StdRng::seed_from_u64(sampling.seed),
+            random: StdRng::seed_from_u64(sampling.seed.unwrap_or_else(rand::random)),
             sampled: BTreeMap::new(),
             sampling,
         }
@@ -331,7 +331,7 @@ mod tests {
         let logits: Vec<f32> = (0..50).map(|token| (token % 7) as f32 / 3.0).collect();
         let of = |seed| {
             let sampling = Sampling {
-                seed,
+                seed: Some(seed),
                 ..sampling(1.0)
             };
             draws(&sampling, &logits, 20)

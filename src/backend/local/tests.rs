@@ -291,7 +291,7 @@ fn seeds_reproduce_whatever_else_is_sampled() {
     let tokens = rope(&Rope::default(), 0..10);
     let seeded = |seed| Sampling {
         temperature: 1.5,
-        seed,
+        seed: Some(seed),
         ..Sampling::greedy(12)
     };
     let alone = sample(&local, "a", &tokens, seeded(1)).tokens;

@@ -4,10 +4,13 @@ use std::collections::HashSet;
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
+use serde_json::Value;
+
 use super::*;
 use crate::{
     backend::{
         SampleEnd, Sampling,
+        lark::{SCHEMA_BYTES_MAX, SCHEMA_VALUES_MAX},
         local::sampler::{SampleError, Sampler},
     },
     parse::{Calls, Demand, Family, Markers, Parsed, ParserOptions, Piece},
@@ -70,7 +73,7 @@ impl Stage {
     fn walk(&self, grammar: &Arc<Grammar>, seed: u64, temperature: f32) -> Walk {
         let guide = self.guides.guide(&"one".into(), grammar).unwrap();
         let sampling = Sampling {
-            seed,
+            seed: Some(seed),
             temperature,
             logit_bias: self.bias.clone(),
             end_tokens: self.end_tokens.clone(),
