@@ -259,7 +259,7 @@ impl Tier {
         settings: &Settings,
         parent: Option<&Committed>,
     ) -> Option<View> {
-        let mut models = self.models.iter();
+        let mut models = self.models.all().into_iter();
         let model = models.find(|model| model.artifacts.fingerprint == record.artifacts)?;
         let artifacts = model.artifacts.clone();
         let before = parent.map(|parent| (parent, parent.view_under(&artifacts)));

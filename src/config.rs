@@ -9,6 +9,8 @@
 //! No secret has a key here. API keys come from [`crate::auth::KEYS_VARIABLE`] alone.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -17,7 +19,7 @@ use std::{
 
 use crate::{
     auth::{self, Gate, GateError, Keys, KeysError},
-    backend::DeviceChoice,
+    backend::{DeviceChoice, gpu::GpuOptions},
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -49,9 +51,33 @@ pub struct Config {
     /// The models, never empty, exactly one of them the default. In the file: `[[model]]`.
     #[serde(rename = "model", default)]
     pub models: Vec<Model>,
+    /// Other names for them. In the file: `[[alias]]`.
+    #[serde(rename = "alias", default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<Alias>,
     /// The accepted API keys. Only ever from the environment.
     #[serde(skip)]
     pub api_keys: Keys,
+    /// The keys for engines. Only ever from the environment.
+    #[serde(skip)]
+    pub secrets: Secrets,
+}
+
+/// Keys for engines, by the environment variable that holds them. They are never shown.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Secrets(BTreeMap<String, String>);
+
+impl Secrets {
+    /// The key in this variable.
+    #[must_use]
+    pub fn get(&self, variable: &str) -> Option<&str> {
+        self.0.get(variable).map(String::as_str)
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
 }
 
 /// The port and its connections.
@@ -294,84 +320,149 @@ pub enum LogFormat {
     Json,
 }
 
-/// A model that clients may name.
+/// A model that clients may name, and what samples from it. All that do sample the same model: they
+/// take the same tokens. A model for which none is named runs in this process. Paths are relative to
+/// the file that they stand in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "file::Model", into = "file::Model")]
+#[serde(deny_unknown_fields)]
 pub struct Model {
     /// What clients call it.
     pub name: String,
     /// Whether it serves creates that name no model.
+    #[serde(default)]
     pub default: bool,
+    /// The directory of its tokenizer, template and, for `local`, weights. `None`: a built-in one.
+    pub path: Option<PathBuf>,
     /// The family of its template and output format, where it is not to be found out.
     pub family: Option<String>,
     /// Tokens of its context, where it is to be less than the model's own.
     pub context_length: Option<u32>,
-    /// What samples.
-    pub engine: Engine,
+    /// The model that takes over where nothing samples from this one.
+    pub fallback: Option<String>,
+    /// Runs the model in this process.
+    pub local: Option<Local>,
+    /// Answers by rules, with a real tokenizer and template.
+    pub sim: Option<Sim>,
+    /// Engines that are reached over gRPC.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpu: Vec<GpuOptions>,
 }
 
-/// What samples from a model. Paths are relative to the file that they stand in.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Engine {
-    /// Answers by rules, with a real tokenizer and template.
-    Sim {
-        /// The directory of the tokenizer and template. `None`: the built-in one.
-        path: Option<PathBuf>,
-        /// The rules. `None`: the built-in demonstration.
-        rules: Option<PathBuf>,
-        /// How fast it seems to sample. 0: as fast as it can.
-        tokens_per_second: f64,
-        /// How long it seems to think before the first token, in milliseconds.
-        first_token_ms: u64,
-    },
-    /// Runs the model in this process.
-    Local {
-        /// The model's directory. `None`: the built-in model.
-        path: Option<PathBuf>,
-        /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
-        cache_bytes_max: Option<u64>,
-        /// What it computes on.
-        device: DeviceChoice,
-    },
+/// A model in this process.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Local {
+    /// Bytes of its key-value cache. `None`: what `cache.models_bytes_max` leaves.
+    pub cache_bytes_max: Option<u64>,
+    /// What it computes on.
+    pub device: DeviceChoice,
+}
+
+/// A simulated model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sim {
+    /// The rules. `None`: the built-in demonstration.
+    pub rules: Option<PathBuf>,
+    /// How fast it seems to sample, at most 1,000,000. 0: as fast as it can.
+    pub tokens_per_second: f64,
+    /// How long it seems to think before the first token, in milliseconds, at most 600,000.
+    pub first_token_ms: u64,
+}
+
+impl Default for Sim {
+    fn default() -> Self {
+        Self {
+            rules: None,
+            tokens_per_second: 200.0,
+            first_token_ms: 50,
+        }
+    }
+}
+
+/// Another name, for one model or for several that share what is asked of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Alias {
+    /// What clients call it.
+    pub name: String,
+    /// What it stands for.
+    pub to: Vec<Target>,
+}
+
+/// One of the models that a name stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// The model.
+    pub model: String,
+    /// Its share of the conversations, beside those of the others; 1 to 1,000,000.
+    #[serde(default = "one")]
+    pub weight: u32,
+}
+
+fn one() -> u32 {
+    1
 }
 
 impl Model {
+    /// A model of this name, with nothing that samples from it yet.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            default: false,
+            path: None,
+            family: None,
+            context_length: None,
+            fallback: None,
+            local: None,
+            sim: None,
+            gpu: Vec::new(),
+        }
+    }
+
+    /// The environment variables that hold the keys of its engines.
+    fn key_variables(&self) -> Vec<String> {
+        let gpu = self.gpu.iter().map(|it| &it.key_variable);
+        gpu.filter(|name| !name.is_empty()).cloned().collect()
+    }
+
+    /// What samples from it, for people.
+    #[must_use]
+    pub fn kinds(&self) -> String {
+        let named = [
+            ("local", usize::from(self.local.is_some())),
+            ("sim", usize::from(self.sim.is_some())),
+            ("gpu", self.gpu.len()),
+        ];
+        let named = named.into_iter().filter(|(_, count)| *count > 0);
+        let named = named.map(|(kind, count)| match count {
+            1 => kind.to_owned(),
+            count => format!("{count} x {kind}"),
+        });
+        named.collect::<Vec<_>>().join(", ")
+    }
+
     /// Bytes of its key-value cache, where it has one and they are set.
     pub(crate) fn cache_bytes_max(&self) -> Option<u64> {
-        match self.engine {
-            Engine::Local {
-                cache_bytes_max, ..
-            } => cache_bytes_max,
-            Engine::Sim { .. } => None,
-        }
+        self.local.as_ref()?.cache_bytes_max
     }
 
     /// The models of a server that was told of none: the tiny one that is built in, and the
     /// simulated one.
     fn built_in() -> Vec<Self> {
-        let model = |name: &str, engine| Self {
-            name: name.into(),
-            default: false,
-            family: None,
-            context_length: None,
-            engine,
-        };
         let mut models = Vec::new();
         if cfg!(feature = "local") {
-            let tiny = Engine::Local {
-                path: None,
-                cache_bytes_max: None,
-                device: DeviceChoice::default(),
-            };
-            models.push(model("tiny-agent", tiny));
+            models.push(Self {
+                local: Some(Local::default()),
+                ..Self::new("tiny-agent")
+            });
         }
-        let simulated = Engine::Sim {
-            path: None,
-            rules: None,
-            tokens_per_second: file::TOKENS_PER_SECOND,
-            first_token_ms: file::FIRST_TOKEN_MS,
-        };
-        models.push(model("sim-agent", simulated));
+        models.push(Self {
+            sim: Some(Sim::default()),
+            ..Self::new("sim-agent")
+        });
         models[0].default = true;
         models
     }
@@ -391,15 +482,10 @@ impl Model {
             .and_then(|name| name.to_str())
             .ok_or_else(|| refuse(format!("{} has no name to go by", path.display())))?;
         Ok(Self {
-            name: name.into(),
             default: true,
-            family: None,
-            context_length: None,
-            engine: Engine::Local {
-                path: Some(path.into()),
-                cache_bytes_max: None,
-                device: DeviceChoice::default(),
-            },
+            path: Some(path.into()),
+            local: Some(Local::default()),
+            ..Self::new(name)
         })
     }
 }
@@ -415,7 +501,9 @@ impl Default for Config {
             store: Store::default(),
             log: Log::default(),
             models: Model::built_in(),
+            aliases: Vec::new(),
             api_keys: Keys::default(),
+            secrets: Secrets::default(),
         }
     }
 }
@@ -456,8 +544,16 @@ impl Config {
         };
 
         let mut api_keys = Keys::default();
+        let mut secrets = Secrets::default();
+        let wanted: Vec<String> = config
+            .models
+            .iter()
+            .flat_map(Model::key_variables)
+            .collect();
         for (variable, value) in environment {
-            if variable == auth::KEYS_VARIABLE {
+            if wanted.contains(&variable) {
+                secrets.0.insert(variable, value);
+            } else if variable == auth::KEYS_VARIABLE {
                 api_keys = Keys::parse(&value)?;
             } else if let Some(name) = variable.strip_prefix(VARIABLE_PREFIX)
                 && let Some((section, key)) = name.split_once("__")
@@ -490,7 +586,14 @@ impl Config {
             _ => {}
         }
 
+        for model in &mut config.models {
+            if model.kinds().is_empty() {
+                model.local = Some(Local::default());
+            }
+        }
+
         config.api_keys = api_keys;
+        config.secrets = secrets;
         config.check()?;
         Ok(config)
     }
@@ -545,10 +648,7 @@ impl Config {
     /// The share of `cache.models_bytes_max` of each local model that is not told its own.
     #[must_use]
     pub fn unclaimed_cache_bytes(&self) -> u64 {
-        let local = self
-            .models
-            .iter()
-            .filter(|model| matches!(model.engine, Engine::Local { .. }));
+        let local = self.models.iter().filter(|model| model.local.is_some());
         let (told, open): (Vec<_>, Vec<_>) =
             local.partition(|model| model.cache_bytes_max().is_some());
         let claimed: u64 = told.into_iter().filter_map(Model::cache_bytes_max).sum();

@@ -415,8 +415,11 @@ impl Driver<'_> {
         let model = self
             .shared
             .models
-            .get(settings.model.as_deref())
-            .cloned()
+            .get(
+                settings.model.as_deref(),
+                parent.as_ref().map(|parent| &*parent.model),
+                self.id.as_str(),
+            )
             .ok_or_else(|| {
                 let name = settings.model.as_deref().unwrap_or_default();
                 Error::new(

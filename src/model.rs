@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap, path::PathBuf, sync::Arc};
 
+use parking_lot::RwLock;
 use serde::Deserialize;
 
 use crate::{
@@ -341,6 +342,8 @@ pub struct Model {
     pub parameters: u64,
     /// The most tokens that one response samples.
     pub output_tokens_max: u32,
+    /// The name of the model that takes over where nothing samples from this one.
+    pub fallback: Option<Arc<str>>,
 }
 
 impl Model {
@@ -359,41 +362,135 @@ impl Model {
     }
 }
 
-/// All models, by name. Fixed while the server runs.
+/// All models, by name, and the other names for them. They change only as a whole.
 pub struct Models {
+    current: RwLock<Arc<Catalog>>,
+}
+
+/// The models at one time.
+pub struct Catalog {
     by_name: BTreeMap<Arc<str>, Arc<Model>>,
+    aliases: BTreeMap<Arc<str>, Split>,
     default: Arc<Model>,
+}
+
+/// The models that a name stands for, each with its share of the conversations.
+pub type Split = Vec<(Arc<str>, u32)>;
+
+impl Catalog {
+    /// These models; the default is the one that a create without a model gets.
+    #[must_use]
+    pub fn new(
+        default: Arc<Model>,
+        others: Vec<Arc<Model>>,
+        aliases: BTreeMap<Arc<str>, Split>,
+    ) -> Self {
+        let by_name = others
+            .into_iter()
+            .chain([default.clone()])
+            .map(|model| (model.name.clone(), model))
+            .collect();
+        Self {
+            by_name,
+            aliases,
+            default,
+        }
+    }
+
+    /// The model of this name, or the default where none is asked for. Where the name stands for
+    /// several, it is the one that served the conversation before, and for a new one what `key` draws.
+    fn get(&self, name: Option<&str>, before: Option<&str>, key: &str) -> Option<&Arc<Model>> {
+        let Some(name) = name else {
+            return Some(&self.default);
+        };
+        let Some(split) = self.aliases.get(name) else {
+            return self.by_name.get(name);
+        };
+        let same = split.iter().find(|(model, _)| Some(&**model) == before);
+        let (model, _) = same.or_else(|| draw(split, key))?;
+        self.by_name.get(model)
+    }
+}
+
+/// One of them, by its share: the same for the same key.
+fn draw<'a>(split: &'a Split, key: &str) -> Option<&'a (Arc<str>, u32)> {
+    use sha2::Digest as _;
+    let hash: [u8; 32] = sha2::Sha256::digest(key).into();
+    let all: u64 = split.iter().map(|(_, weight)| u64::from(*weight)).sum();
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&hash[..8]);
+    let mut at = u64::from_le_bytes(bytes).checked_rem(all)?;
+    split.iter().find(|(_, weight)| {
+        let here = at < u64::from(*weight);
+        at = at.saturating_sub(u64::from(*weight));
+        here
+    })
 }
 
 impl Models {
     /// These models; the default is the one that a create without a model gets.
     #[must_use]
     pub fn new(default: Arc<Model>, others: Vec<Arc<Model>>) -> Self {
-        let by_name = others
-            .into_iter()
-            .chain([default.clone()])
-            .map(|model| (model.name.clone(), model))
-            .collect();
-        Self { by_name, default }
+        Catalog::new(default, others, BTreeMap::new()).into()
     }
 
-    /// The model of this name, or the default where none is asked for.
+    /// From now on these. What was begun with another goes on with it until its response ends.
+    pub fn replace(&self, catalog: Catalog) {
+        *self.current.write() = Arc::new(catalog);
+    }
+
+    /// The model that a create gets which asks for this name, or for none, in a conversation that
+    /// `before` served last. What a new conversation gets of several is drawn by `key`.
     #[must_use]
-    pub fn get(&self, name: Option<&str>) -> Option<&Arc<Model>> {
-        match name {
-            None => Some(&self.default),
-            Some(name) => self.by_name.get(name),
-        }
+    pub fn get(&self, name: Option<&str>, before: Option<&str>, key: &str) -> Option<Arc<Model>> {
+        self.current.read().get(name, before, key).cloned()
+    }
+
+    /// The model of exactly this name.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Option<Arc<Model>> {
+        self.current.read().by_name.get(name).cloned()
     }
 
     /// All of them, by name.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Model>> {
-        self.by_name.values()
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Model>> {
+        self.current.read().by_name.values().cloned().collect()
+    }
+
+    /// The other names, each with what it stands for.
+    #[must_use]
+    pub fn aliases(&self) -> BTreeMap<Arc<str>, Split> {
+        self.current.read().aliases.clone()
     }
 
     /// Whether a create without a model gets this one.
     #[must_use]
     pub fn is_default(&self, model: &Model) -> bool {
-        self.default.name == model.name
+        self.current.read().default.name == model.name
+    }
+}
+
+impl From<Catalog> for Models {
+    fn from(catalog: Catalog) -> Self {
+        Self {
+            current: RwLock::new(Arc::new(catalog)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_split_gives_each_its_share_and_the_same_key_the_same() {
+        let split: Split = vec![("a".into(), 9), ("b".into(), 1)];
+        let drawn = |key: &str| &*draw(&split, key).unwrap().0;
+        let keys = (0..10_000).map(|n| format!("resp_{n}"));
+        let b = keys.filter(|key| drawn(key) == "b").count();
+        assert!((900..1100).contains(&b), "{b} of 10000");
+        assert_eq!(drawn("resp_1"), drawn("resp_1"));
+        assert_eq!(draw(&Vec::new(), "x"), None);
     }
 }

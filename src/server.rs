@@ -3,8 +3,9 @@
 mod accept;
 mod call;
 mod compose;
+mod models;
 
-use std::{fmt::Write as _, io, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fmt::Write as _, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
@@ -18,8 +19,9 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     agent::DEFAULT_SERVER,
     auth::{AuthLayer, Gate},
-    config::{Config, Engine, LogFormat, Model},
+    config::{Config, LogFormat, Model},
     drain::Drain,
+    model::Models,
     proto::DESCRIPTORS,
 };
 
@@ -38,7 +40,9 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     let drain = Drain::new(Duration::from_secs(config.server.drain_secs_max));
 
     let (health, routes) = health_and_reflection().await?;
-    let services = compose::services(&config, &drain)?;
+    let mut loader = models::Loader::new(&config);
+    let models: Arc<Models> = Arc::new(loader.load(&config).await?.into());
+    let services = compose::services(&config, models.clone(), &drain)?;
     let routes = compose::mount(routes, services.clone(), config.server.message_bytes_max);
     let routes = behind(&gate, routes);
 
@@ -220,10 +224,7 @@ fn welcome(models: &[Model], address: SocketAddr, asks_for_keys: bool) -> String
     let mut text = format!("\nhotloop serves gRPC on {address}\n\n  models\n");
     for model in models {
         let default = if model.default { " (default)" } else { "" };
-        let kind = match model.engine {
-            Engine::Sim { .. } => "sim",
-            Engine::Local { .. } => "local",
-        };
+        let kind = model.kinds();
         // Writing to a string does not fail.
         let _ = writeln!(text, "    {}: {kind}{default}", model.name);
     }

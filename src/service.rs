@@ -386,6 +386,7 @@ impl ModelsService for Services {
         let models = &self.parts.models;
         Ok(Response::new(pb::ListModelsResponse {
             models: models
+                .all()
                 .iter()
                 .map(|model| model_message(models, model))
                 .collect(),
@@ -399,10 +400,10 @@ impl ModelsService for Services {
         principal(&request)?;
         let models = &self.parts.models;
         let model = models
-            .get(Some(&request.get_ref().name))
+            .named(&request.get_ref().name)
             .ok_or_else(|| refusal(Code::NotFound, "MODEL_NOT_FOUND", "no model has that name"))?;
         Ok(Response::new(pb::GetModelResponse {
-            model: Some(model_message(models, model)),
+            model: Some(model_message(models, &model)),
         }))
     }
 }

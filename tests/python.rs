@@ -30,7 +30,7 @@ const KEY: &str = "0123456789abcdef";
 const MODEL: &str = r#"
 [[model]]
 name = "sim-agent"
-backend = "sim"
+[model.sim]
 tokens_per_second = 600
 first_token_ms = 2
 "#;

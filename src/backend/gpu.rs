@@ -74,6 +74,9 @@ pub struct GpuOptions {
     /// What it calls the model. Empty: what it says by itself.
     #[serde(default)]
     pub model: String,
+    /// Its share of the conversations, beside those of the others, 1 to 1,000.
+    #[serde(default = "default::weight")]
+    pub weight: u32,
     /// Connections to it, 1 to 64. One carries some hundred samples at once before it limits them.
     #[serde(default = "default::connections")]
     pub connections: usize,
@@ -102,6 +105,9 @@ pub struct GpuOptions {
 }
 
 mod default {
+    pub(super) fn weight() -> u32 {
+        1
+    }
     pub(super) fn connections() -> usize {
         4
     }
@@ -158,6 +164,7 @@ impl GpuOptions {
             url: url.into(),
             dialect: DialectChoice::default(),
             model: String::new(),
+            weight: default::weight(),
             connections: default::connections(),
             constrained: Constrained::default(),
             prefill: default::prefill(),
@@ -176,6 +183,7 @@ impl GpuOptions {
     /// The first one that is outside, by its name.
     pub fn check(&self) -> Result<(), String> {
         let ranges = [
+            ("weight", self.weight.into(), 1..=1_000),
             ("connections", self.connections as u64, 1..=64),
             ("connect_ms_max", self.connect_ms_max, 1..=60_000),
             ("health_ms", self.health_ms, 50..=600_000),

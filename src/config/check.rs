@@ -4,7 +4,15 @@ use std::ops::RangeInclusive;
 
 use tracing_subscriber::EnvFilter;
 
-use super::{Config, ConfigError, Model};
+use super::{Alias, Config, ConfigError, Model, Sim};
+
+const NAME_CHARACTERS_MAX: usize = 128;
+
+/// With less no conversation is worth the name.
+const CONTEXT_TOKENS_MIN: u32 = 256;
+
+/// The largest share of a model in a split.
+const WEIGHT_MAX: u32 = 1_000_000;
 
 impl Config {
     /// Holds every value against its range, and those that depend on each other together.
@@ -31,10 +39,42 @@ impl Config {
 
     fn check_models(&self) -> Result<(), ConfigError> {
         let conflict = |reason| Err(ConfigError::Conflict { reason });
-        for (index, model) in self.models.iter().enumerate() {
-            let earlier = self.models.iter().take(index);
-            if earlier.into_iter().any(|other| other.name == model.name) {
-                return conflict(format!("two models have the name {}", model.name));
+        let models = self.models.iter().map(|model| &model.name);
+        let names: Vec<&String> = models
+            .chain(self.aliases.iter().map(|it| &it.name))
+            .collect();
+        for (index, name) in names.iter().enumerate() {
+            if names[..index].contains(name) {
+                return conflict(format!("two models have the name {name}"));
+            }
+            let fits = (1..=NAME_CHARACTERS_MAX).contains(&name.len())
+                && name
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"_.:/-".contains(&byte));
+            if !fits {
+                return conflict(format!(
+                    "the name of a model is not 1 to {NAME_CHARACTERS_MAX} characters of letters, digits, _ . : / -"
+                ));
+            }
+        }
+        for model in &self.models {
+            if let Some(absent) = model
+                .key_variables()
+                .iter()
+                .find(|it| self.secrets.get(it).is_none())
+            {
+                return conflict(format!(
+                    "model `{}`: the environment has no {absent}, which is to hold the key of an engine",
+                    model.name
+                ));
+            }
+            if let Err(reason) = self.check_model(model) {
+                return conflict(format!("model `{}`: {reason}", model.name));
+            }
+        }
+        for alias in &self.aliases {
+            if let Err(reason) = self.check_alias(alias) {
+                return conflict(format!("alias `{}`: {reason}", alias.name));
             }
         }
         match self.models.iter().filter(|model| model.default).count() {
@@ -51,13 +91,76 @@ impl Config {
         Ok(())
     }
 
+    fn check_model(&self, model: &Model) -> Result<(), String> {
+        if model
+            .context_length
+            .is_some_and(|tokens| tokens < CONTEXT_TOKENS_MIN)
+        {
+            return Err(format!(
+                "context_length is under {CONTEXT_TOKENS_MIN} tokens"
+            ));
+        }
+        if let Some(Sim {
+            rules: _,
+            tokens_per_second,
+            first_token_ms,
+        }) = &model.sim
+        {
+            if !(0.0..=1e6).contains(tokens_per_second) {
+                return Err("sim.tokens_per_second is not from 0 to 1000000".to_owned());
+            }
+            if *first_token_ms > 600_000 {
+                return Err("sim.first_token_ms is over 600000".to_owned());
+            }
+        }
+        for (index, gpu) in model.gpu.iter().enumerate() {
+            gpu.check()
+                .map_err(|reason| format!("gpu[{index}].{reason}"))?;
+        }
+        if !model.gpu.is_empty() && model.path.is_none() {
+            return Err("path is missing: the directory of the tokenizer and template".to_owned());
+        }
+        // Who takes over, and who after that one: each at most once.
+        let mut seen = vec![&model.name];
+        let mut next = &model.fallback;
+        while let Some(name) = next {
+            let Some(other) = self.models.iter().find(|other| other.name == *name) else {
+                return Err(format!("fallback: no model has the name {name}"));
+            };
+            if seen.contains(&name) {
+                return Err(format!("fallback: it comes back to {name}"));
+            }
+            seen.push(name);
+            next = &other.fallback;
+        }
+        Ok(())
+    }
+
+    fn check_alias(&self, alias: &Alias) -> Result<(), String> {
+        if alias.to.is_empty() {
+            return Err("it stands for nothing".to_owned());
+        }
+        for (index, target) in alias.to.iter().enumerate() {
+            if !self.models.iter().any(|model| model.name == target.model) {
+                return Err(format!(
+                    "to[{index}]: no model has the name {}",
+                    target.model
+                ));
+            }
+            if !(1..=WEIGHT_MAX).contains(&target.weight) {
+                return Err(format!("to[{index}].weight is not from 1 to {WEIGHT_MAX}"));
+            }
+        }
+        Ok(())
+    }
+
     /// Every number, and what it may be. Upper ends are what the code was thought through for, so
     /// that a slip of the keyboard does not become a server that promises what no machine holds.
     #[rustfmt::skip]
     pub(super) fn ranges(&self) -> Vec<(&'static str, u64, RangeInclusive<u64>)> {
         const DAY_SECS: u64 = 24 * 3600;
         const GIB: u64 = 1 << 30;
-        let Self { server, stream, request, cache, store, auth: _, log: _, models: _, api_keys: _ } = self;
+        let Self { server, stream, request, cache, store, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
         let count = |number: usize| number as u64;
         vec![
             // Under 64 KiB a create with a few tools would not fit; a message is held in memory

@@ -1,6 +1,7 @@
 use std::io::Write as _;
 
 use super::*;
+use crate::backend::gpu::DialectChoice;
 
 const EXAMPLE: &str = include_str!("../../hotloop.example.toml");
 
@@ -130,10 +131,10 @@ fn an_unknown_key_is_named_with_its_line() {
         error.starts_with("FILE:2: sever: unknown field `sever`, expected one of `server`, "),
         "{error}"
     );
-    let model = "[[model]]\nname = \"a\"\nbackend = \"sim\"\n";
+    let model = "[[model]]\nname = \"a\"\n[model.sim]\n";
     let error = file(&format!("{model}{model}speed = 1\n")).error();
     assert!(
-        error.starts_with("FILE:7: model[1].speed: unknown field `speed`, "),
+        error.starts_with("FILE:7: model[1].sim.speed: unknown field `speed`, "),
         "{error}"
     );
 }
@@ -152,9 +153,10 @@ fn a_wrong_type_is_named_with_its_line() {
         file("[auth]\nmode = \"maybe\"\n").error(),
         "FILE:2: auth.mode: unknown variant `maybe`, expected one of `auto`, `required`, `off`"
     );
+    let error = file("[[model]]\nname = \"a\"\n[[model.gpu]]\nurl = 5\n").error();
     assert_eq!(
-        file("\n[[model]]\nname = \"a\"\nbackend = \"local\"\nrules = \"r\"\n").error(),
-        "FILE:2: model[0]: rules is only for backend = \"sim\""
+        error,
+        "FILE:4: model[0].gpu[0].url: invalid type: integer `5`, expected a string"
     );
     let error = file("[server]\nlisten = \n").error();
     assert!(error.starts_with("FILE:2: "), "{error}");
@@ -264,65 +266,139 @@ fn models_are_read_and_exactly_one_is_the_default() {
         r#"
         [[model]]
         name = "qwen"
-        backend = "local"
         path = "models/qwen"
         context_length = 4096
+        fallback = "sim"
+        [model.local]
         cache_bytes_max = 1048576
         device = "cpu"
+        [[model.gpu]]
+        url = "http://a:50051"
+        [[model.gpu]]
+        url = "http://b:50051"
+        dialect = "engine"
+        connections = 2
         [[model]]
         name = "sim"
         default = true
-        backend = "sim"
+        [model.sim]
         rules = "/rules.json"
         tokens_per_second = 0
+        [[model]]
+        name = "mine"
+        path = "/models/mine"
+        [[alias]]
+        name = "fast"
+        to = [{ model = "qwen", weight = 9 }, { model = "mine" }]
         "#,
     );
     let directory = given.file.path().parent().unwrap();
     let qwen = Model {
-        name: "qwen".into(),
-        default: false,
-        family: None,
         context_length: Some(4096),
-        engine: Engine::Local {
-            path: Some(directory.join("models/qwen")),
+        path: Some(directory.join("models/qwen")),
+        fallback: Some("sim".into()),
+        local: Some(Local {
             cache_bytes_max: Some(1 << 20),
             device: DeviceChoice::Cpu,
-        },
+        }),
+        gpu: vec![
+            GpuOptions::new("http://a:50051"),
+            GpuOptions {
+                dialect: DialectChoice::Engine,
+                connections: 2,
+                ..GpuOptions::new("http://b:50051")
+            },
+        ],
+        ..Model::new("qwen")
     };
     let sim = Model {
-        name: "sim".into(),
         default: true,
-        family: None,
-        context_length: None,
-        engine: Engine::Sim {
-            path: None,
+        sim: Some(Sim {
             rules: Some("/rules.json".into()),
             tokens_per_second: 0.0,
             first_token_ms: 50,
-        },
+        }),
+        ..Model::new("sim")
+    };
+    // Where nothing is said, it runs in this process.
+    let mine = Model {
+        path: Some("/models/mine".into()),
+        local: Some(Local::default()),
+        ..Model::new("mine")
     };
     let config = given.load();
-    assert_eq!(config.models, [qwen, sim.clone()]);
+    assert_eq!(config.models, [qwen, sim.clone(), mine]);
     assert_eq!(config.default_model(), Some(&sim));
-
-    let two = |first: &str, second: &str| {
-        let model = |name: &str, more: &str| {
-            format!("[[model]]\nname = \"{name}\"\nbackend = \"sim\"\n{more}\n")
-        };
-        file(&(model("a", first) + &model(second, ""))).error()
+    assert_eq!(config.models[0].kinds(), "local, 2 x gpu");
+    let target = |model: &str, weight| Target {
+        model: model.into(),
+        weight,
     };
-    assert_eq!(two("", "b"), "none of the models has default = true");
-    assert_eq!(two("default = true", "a"), "two models have the name a");
-    assert_eq!(
-        two("cache_bytes_max = 1", "b"),
-        "FILE:1: model[0]: cache_bytes_max is only for backend = \"local\""
-    );
-    assert_eq!(
-        two("device = \"cpu\"", "b"),
-        "FILE:1: model[0]: device is only for backend = \"local\""
-    );
-    let only = file("[[model]]\nname = \"a\"\nbackend = \"sim\"\n");
+    let fast = Alias {
+        name: "fast".into(),
+        to: vec![target("qwen", 9), target("mine", 1)],
+    };
+    assert_eq!(config.aliases, [fast]);
+    let only = file("[[model]]\nname = \"a\"\n[model.sim]\n");
     assert!(only.load().models[0].default);
+}
+
+#[test]
+fn models_that_cannot_be_are_refused() {
+    let model =
+        |name: &str, more: &str| format!("[[model]]\nname = \"{name}\"\n{more}\n[model.sim]\n");
+    let two = |first: &str, second: &str| file(&(model("a", first) + &model(second, ""))).error();
+    let gpu = |more: &str| {
+        let text = "[[model]]\nname = \"a\"\npath = \"m\"\n[[model.gpu]]\nurl = \"http://a\"\n";
+        file(&format!("{text}{more}\n")).error()
+    };
+    let alias = |to: &str| {
+        let text = model("a", "");
+        file(&format!("{text}[[alias]]\nname = \"b\"\nto = [{to}]\n")).error()
+    };
+    for (error, expected) in [
+        (two("", "b"), "none of the models has default = true"),
+        (two("default = true", "a"), "two models have the name a"),
+        (
+            two("default = true", "a b"),
+            "the name of a model is not 1 to 128 characters of letters, digits, _ . : / -",
+        ),
+        (
+            two("context_length = 5", "b"),
+            "model `a`: context_length is under 256 tokens",
+        ),
+        (
+            two("fallback = \"c\"", "b"),
+            "model `a`: fallback: no model has the name c",
+        ),
+        (
+            two("fallback = \"a\"", "b"),
+            "model `a`: fallback: it comes back to a",
+        ),
+        (
+            gpu("connections = 0"),
+            "model `a`: gpu[0].connections is 0, but must be from 1 to 64",
+        ),
+        (
+            gpu("dialect = \"sglang\"\nconstrained = \"lark\""),
+            "model `a`: gpu[0].constrained = \"lark\" is not for dialect = \"sglang\"",
+        ),
+        (
+            file("[[model]]\nname = \"a\"\n[[model.gpu]]\nurl = \"http://a\"").error(),
+            "model `a`: path is missing: the directory of the tokenizer and template",
+        ),
+        (alias(""), "alias `b`: it stands for nothing"),
+        (
+            alias("{ model = \"c\" }"),
+            "alias `b`: to[0]: no model has the name c",
+        ),
+        (
+            alias("{ model = \"a\", weight = 0 }"),
+            "alias `b`: to[0].weight is not from 1 to 1000000",
+        ),
+    ] {
+        assert_eq!(error, expected);
+    }
 }
 
 #[test]
@@ -341,7 +417,7 @@ fn a_model_on_the_command_line_is_the_default() {
     assert_eq!(names(file("")), [("tiny-1b".into(), true)]);
     assert_eq!(
         names(file(
-            "[[model]]\nname = \"a\"\nbackend = \"sim\"\ndefault = true\n"
+            "[[model]]\nname = \"a\"\ndefault = true\n[model.sim]\n"
         )),
         [("a".into(), false), ("tiny-1b".into(), true)]
     );

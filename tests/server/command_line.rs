@@ -24,7 +24,10 @@ async fn a_wrong_configuration_is_named_with_its_place() {
             ":3: server.lsten: ",
         ),
         ("[stream]\nlanes_max = \"many\"\n", ":2: stream.lanes_max: "),
-        ("[[model]]\nname = \"x\"\nbackend = \"gpt\"\n", ":3: model"),
+        (
+            "[[model]]\nname = \"x\"\nbackend = \"gpt\"\n",
+            ":3: model[0].backend: ",
+        ),
         ("[server\n", ":1: "),
     ] {
         fs::write(&file, text).unwrap();

@@ -27,13 +27,13 @@ const MODELS: &str = r#"
 [[model]]
 name = "fast"
 default = true
-backend = "sim"
+[model.sim]
 tokens_per_second = 0
 first_token_ms = 0
 
 [[model]]
 name = "paced"
-backend = "sim"
+[model.sim]
 tokens_per_second = 200
 first_token_ms = 0
 "#;

@@ -60,6 +60,7 @@ fn model(name: &str, artifacts: Arc<Artifacts>) -> Arc<Model> {
         context_length: 1 << 20,
         parameters: 0,
         output_tokens_max: 1 << 15,
+        fallback: None,
     })
 }
 

@@ -28,7 +28,7 @@ const CONFIG: &str = r#"
     filter = "info,hotloop::store=debug"
     [[model]]
     name = "sim"
-    backend = "sim"
+    [model.sim]
     tokens_per_second = 0
     first_token_ms = 0
 "#;

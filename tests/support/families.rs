@@ -208,6 +208,7 @@ impl Family {
             context_length,
             parameters: 0,
             output_tokens_max: 100_000,
+            fallback: None,
         };
         (Arc::new(model), backend)
     }

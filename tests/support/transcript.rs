@@ -98,6 +98,7 @@ impl House {
             context_length: plan.context_length,
             parameters: 0,
             output_tokens_max: 1_000,
+            fallback: None,
         };
         Self {
             limits: Limits {
