@@ -41,20 +41,16 @@ use crate::{item::Tenant, model::Artifacts, parse::Grammar};
 use link::Link;
 use wire::Outgoing;
 
-/// The generated messages of the two interfaces that no crate has.
-mod proto {
-    #![allow(
-        missing_docs,
-        unreachable_pub,
-        clippy::all,
-        clippy::pedantic,
-        reason = "generated code"
-    )]
+/// The messages and services of the two interfaces that no crate has, for those too who play an engine.
+pub mod proto {
+    #![allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code")]
 
-    pub(super) mod engine {
+    /// `vllm.grpc.engine`.
+    pub mod engine {
         tonic::include_proto!("vllm.grpc.engine");
     }
-    pub(super) mod sglang {
+    /// `sglang.grpc.scheduler`.
+    pub mod sglang {
         tonic::include_proto!("sglang.grpc.scheduler");
     }
 }

@@ -1,0 +1,15 @@
+//! Backends that are reached over a network, against engines that the tests play.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::wildcard_enum_match_arm,
+    unreachable_pub,
+    reason = "a conversation that cannot go on should panic"
+)]
+
+#[path = "engines/fake.rs"]
+mod fake;
+
+#[path = "engines/gpu.rs"]
+mod gpu;
