@@ -96,6 +96,8 @@ pub enum DeltaKind {
 pub struct Done {
     /// How it stands.
     pub status: Status,
+    /// The model that served it last. `None` where none did yet.
+    pub model: Option<Arc<str>>,
     /// Why the last sample ended, where it ended by itself.
     pub finish: Option<Finish>,
     /// Calls without an output.

@@ -17,6 +17,7 @@ use crate::{
     backend::{BackendError, Chunks, Prompt},
     event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
     item::{LaneName, RequestId, ResponseId},
+    model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
     response::{Begin, End, Next, Open, RoundEnd},
     safety,
@@ -27,6 +28,9 @@ use crate::{
 /// Input of at least this many bytes is rendered on the blocking pool: encoding it takes longer
 /// than other tasks should wait.
 const BLOCKING_BYTES_MIN: usize = 64 * 1024;
+
+/// How many models may take over from one another.
+const FALLBACKS_MAX: usize = 8;
 
 /// How many samples a `done` tells of beside the last one.
 const EARLIER_SAMPLES_MAX: usize = 1024;
@@ -428,6 +432,7 @@ impl Driver<'_> {
                 )
                 .at("create.model")
             })?;
+        let model = well(model, &self.shared.models);
         let input = std::mem::take(&mut create.input);
         let input_bytes = input.iter().map(|new| match new {
             NewItem::Item(item) => item.text_bytes(),
@@ -488,6 +493,13 @@ impl Driver<'_> {
                 Ok(end) => open.end_round(end, &mut events),
                 Err(Broken::Cancelled) => return self.cancelled(&open).await,
                 Err(Broken::Failed(error)) => return self.failed(open, error, events).await,
+                Err(Broken::Unbegun(error)) => match self.hand_over(&mut open) {
+                    true => {
+                        self.clock.mark(|timing| &mut timing.rendered);
+                        continue;
+                    }
+                    false => return self.failed(open, error, events).await,
+                },
             };
             match next {
                 Next::Finish(end) => return self.finish(open, end, events).await,
@@ -523,6 +535,29 @@ impl Driver<'_> {
                     return self.finish(open, end, Vec::new()).await;
                 }
                 Err(error) => return self.failed(open, error, Vec::new()).await,
+            }
+        }
+    }
+
+    /// The model that is to take over from this one takes over, if there is one and it can. Where not,
+    /// the response fails as it would have without.
+    fn hand_over(&self, open: &mut Open) -> bool {
+        let model = open.model().clone();
+        let fallback = model.fallback.as_deref();
+        let Some(next) = fallback.and_then(|name| self.shared.models.named(name)) else {
+            return false;
+        };
+        tracing::warn!(
+            from = &*model.name,
+            to = &*next.name,
+            "another model takes over"
+        );
+        tracing::Span::current().record("model", &*next.name);
+        match open.hand_over(next, &self.shared.heads) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(code = error.code.as_str(), "it cannot");
+                false
             }
         }
     }
@@ -567,13 +602,20 @@ impl Driver<'_> {
             };
             let chunk = match chunk {
                 Some(Ok(chunk)) => chunk,
-                Some(Err(error)) => return Err(Broken::Failed(from_backend(error))),
+                Some(Err(error)) => {
+                    let elsewhere = !matches!(error, BackendError::Refused { .. });
+                    let broken = match first && elsewhere {
+                        true => Broken::Unbegun,
+                        false => Broken::Failed,
+                    };
+                    return Err(broken(from_backend(error)));
+                }
                 None => {
                     let why = "the backend ended the sample without saying why";
                     return Err(Broken::Failed(Error::new(Code::BackendError, why)));
                 }
             };
-            if first && !chunk.tokens.is_empty() {
+            if first && (!chunk.tokens.is_empty() || chunk.told.is_some()) {
                 first = false;
                 self.clock.mark(|timing| &mut timing.first_token);
             }
@@ -702,6 +744,7 @@ impl Driver<'_> {
         self.clock.mark(|timing| &mut timing.done);
         let done = Event::Done(Box::new(crate::event::Done {
             status: Status::Cancelled,
+            model: None,
             finish: None,
             call_ids: Vec::new(),
             output_item_ids: Vec::new(),
@@ -785,10 +828,25 @@ impl Driver<'_> {
     }
 }
 
+/// The model, or where nothing that samples from it is well, the first of those that take over from
+/// it that is.
+fn well(model: Arc<Model>, models: &Models) -> Arc<Model> {
+    let fallback = |model: &Arc<Model>| {
+        let name = model.fallback.as_deref()?;
+        models.named(name)
+    };
+    // The configuration has no circles, but may change in between.
+    let chain = std::iter::successors(Some(model.clone()), fallback).take(FALLBACKS_MAX);
+    let mut well = chain.filter(|model| model.backend.healthy());
+    well.next().unwrap_or(model)
+}
+
 /// Why a sample came to no end.
 enum Broken {
     Cancelled,
     Failed(Error),
+    /// The same before anything was sampled: another model may take over.
+    Unbegun(Error),
 }
 
 impl Stop {

@@ -297,7 +297,11 @@ impl Settings {
     }
 
     /// Refuses what this model cannot honour: nothing is dropped without a word.
-    fn check(&self, abilities: &Abilities) -> Result<(), Error> {
+    ///
+    /// # Errors
+    ///
+    /// `invalid_request`, naming the field.
+    pub fn check(&self, abilities: &Abilities) -> Result<(), Error> {
         let refuse = |field: &str, why: &str| {
             Err(Error::invalid(
                 format!("create.{field}"),

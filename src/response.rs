@@ -27,7 +27,7 @@ use crate::{
     },
     item::{Body, Item, Part, ResponseId, Role, Tenant},
     ledger::Rope,
-    model::Model,
+    model::{Artifacts, Model},
     parse::Grammar,
     render::{
         self, CachedHead, Entries, Entry, Head, Heads, Past, Resume, Seen, Speaker, Tail, Visible,
@@ -235,6 +235,19 @@ pub enum RoundEnd {
     Interrupted,
 }
 
+/// All messages of a conversation for this text side: of what is continued, and behind it.
+fn all_entries(
+    parent: Option<&Committed>,
+    behind: &[Vec<ValidItem>],
+    artifacts: &Artifacts,
+) -> Entries {
+    let nodes: Vec<&Committed> = parent.into_iter().flat_map(Committed::chain).collect();
+    let past = nodes.iter().rev().flat_map(|node| &node.batches);
+    past.chain(behind)
+        .flat_map(|batch| render::entries(batch, artifacts))
+        .collect()
+}
+
 impl Open {
     /// A response with its first prompt: everything but the sampling.
     ///
@@ -306,11 +319,7 @@ impl Open {
                 // Another tokenizer has other literals to mark and other tokens: the messages are
                 // made anew. Their positions may differ: it sees all of them, and truncates anew.
                 rerender = Some(RerenderReason::Model);
-                let nodes: Vec<&Committed> = parent.chain().collect();
-                let batches = nodes.iter().rev().flat_map(|node| &node.batches);
-                entries = batches
-                    .flat_map(|batch| render::entries(batch, artifacts))
-                    .collect();
+                entries = all_entries(Some(parent), &[], artifacts);
                 head_tokens = HeadTokens::OtherModel {
                     dropped: parent.rope.len_tokens(),
                     encoded: if head_hit { 0 } else { rope.len_tokens() },
@@ -412,6 +421,45 @@ impl Open {
     /// The client wants its end: at once, or with the sample that runs. Input that has come is kept.
     pub fn end_as_it_stands(&mut self) {
         self.then = Then::End;
+    }
+
+    /// Another model takes over, where nothing was sampled for the prompt that was prepared last. With
+    /// the same text side the prompt stays as it is; with another one it is rendered anew.
+    ///
+    /// # Errors
+    ///
+    /// What the other model cannot do of what is asked for, or `context_length_exceeded`. Then
+    /// nothing more can be done with the response but to end it.
+    pub fn hand_over(&mut self, model: Arc<Model>, heads: &Heads) -> Result<(), Error> {
+        self.settings.check(&model.abilities())?;
+        if self.round.take().is_some() {
+            self.usage.samples -= 1;
+            self.usage.input_tokens -= self.report.tokens;
+        }
+        let same = self.model.artifacts.fingerprint == model.artifacts.fingerprint;
+        self.model = model;
+        if same {
+            let (tokens, limit) = (self.prompt_tokens, self.model.context_length as usize);
+            if tokens >= limit {
+                return Err(too_long(tokens, limit));
+            }
+            return self.constrain();
+        }
+        let artifacts = self.model.artifacts.clone();
+        let (settings, date) = (self.settings.clone(), self.head.date());
+        let (cached, hit) = heads.get(&self.tenant, &artifacts, &settings, date)?;
+        self.head_tokens = HeadTokens::OtherModel {
+            dropped: self.rope.len_tokens(),
+            encoded: if hit { 0 } else { cached.rope.len_tokens() },
+        };
+        self.head = cached.head;
+        self.rope = cached.rope;
+        self.entries = all_entries(self.parent.as_deref(), &self.batches, &artifacts);
+        self.visible = Visible::from_summary(&self.entries);
+        self.resume = None;
+        self.ahead = None;
+        self.rerender = Some(RerenderReason::Model);
+        self.prepare(true)
     }
 
     /// Whether input waits for the end of an item, so that the sample ends there.
@@ -947,6 +995,7 @@ impl Open {
         let output = &self.output[first..];
         let done = Done {
             status,
+            model: Some(self.model.name.clone()),
             finish: self.finish,
             call_ids: self
                 .open_calls

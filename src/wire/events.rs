@@ -114,6 +114,7 @@ fn done_message(done: Done) -> pb::Done {
     };
     let (status, incomplete_reason) = status(&done.status);
     pb::Done {
+        model: done.model.as_deref().unwrap_or_default().to_owned(),
         status: status.into(),
         incomplete_reason: incomplete_reason.into(),
         finish_reason: done

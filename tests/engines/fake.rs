@@ -422,6 +422,7 @@ unasked! {
 /// stands alone where there was none.
 macro_rules! chunked {
     ($module:ident, $service:path, { $($more:tt)* }) => {
+        #[allow(clippy::needless_update, reason = "one of the two has more fields")]
         #[tonic::async_trait]
         impl $service for Player {
             type GenerateStream = Answers<$module::GenerateResponse>;
