@@ -85,7 +85,9 @@ impl Failure {
 fn serve(flags: &Flags) -> Result<ExitCode, Failure> {
     let config = load(flags)?;
     telemetry::install(&config.log).map_err(Failure::configuration)?;
-    on_runtime(server::run(config))?.map_err(Failure::other)?;
+    let flags = flags.clone();
+    let again = move || Config::load(&flags, environment());
+    on_runtime(server::run(config, again))?.map_err(Failure::other)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -105,9 +107,13 @@ fn run_agent(args: agent::Args) -> Result<ExitCode, Failure> {
 }
 
 fn load(flags: &Flags) -> Result<Config, Failure> {
+    Config::load(flags, environment()).map_err(Failure::configuration)
+}
+
+/// The environment, whatever is in it.
+fn environment() -> impl Iterator<Item = (String, String)> {
     let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
-    let environment = std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value)));
-    Config::load(flags, environment).map_err(Failure::configuration)
+    std::env::vars_os().map(move |(name, value)| (lossy(name), lossy(value)))
 }
 
 /// Runs this to its end; what it left behind is not waited for any longer than a moment.

@@ -19,7 +19,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     agent::DEFAULT_SERVER,
     auth::{AuthLayer, Gate},
-    config::{Config, LogFormat, Model},
+    config::{Config, ConfigError, LogFormat, Model},
     drain::Drain,
     model::Models,
     proto::DESCRIPTORS,
@@ -28,15 +28,19 @@ use crate::{
 pub use accept::serve;
 
 /// Serves until the process is told to stop by SIGINT or SIGTERM, and lets streams finish. A second
-/// signal stops at once.
+/// signal stops at once. At SIGHUP models and aliases are taken from what `again` reads.
 ///
 /// # Errors
 ///
 /// What kept the server from starting, or a listener that broke while it served.
-pub async fn run(config: Config) -> Result<(), ServeError> {
+pub async fn run(
+    config: Config,
+    again: impl Fn() -> Result<Config, ConfigError> + Send + 'static,
+) -> Result<(), ServeError> {
     let gate = config.gate().map_err(ServeError::Gate)?;
     // Before the port opens, so that no signal falls between.
     let signals = Signals::new().map_err(ServeError::Signals)?;
+    let hangups = signal(SignalKind::hangup()).map_err(ServeError::Signals)?;
     let drain = Drain::new(Duration::from_secs(config.server.drain_secs_max));
 
     let (health, routes) = health_and_reflection().await?;
@@ -54,8 +58,10 @@ pub async fn run(config: Config) -> Result<(), ServeError> {
     warn_of_few_descriptors(config.server.connections_max);
 
     let stopping = tokio::spawn(signals.drain(health, drain.clone()));
+    let reloading = tokio::spawn(reload(hangups, loader, models, again));
     let served = serve(listener, routes, &config.server, drain).await;
     stopping.abort();
+    reloading.abort();
     services.finish().await;
     served.map_err(ServeError::Listener)
 }
@@ -203,6 +209,34 @@ impl Signals {
         let signal = self.next().await;
         tracing::warn!(signal, "told to stop at once");
         drain.stop();
+    }
+}
+
+/// Reads the models anew at each signal. Where something is wrong with them, they stay as they are.
+async fn reload(
+    mut hangups: Signal,
+    mut loader: models::Loader,
+    models: Arc<Models>,
+    again: impl Fn() -> Result<Config, ConfigError>,
+) {
+    while hangups.recv().await.is_some() {
+        let config = match again() {
+            Ok(config) => config,
+            Err(error) => {
+                tracing::error!(%error, "the configuration was read anew and is wrong: models stay as they are");
+                continue;
+            }
+        };
+        match loader.load(&config).await {
+            Ok(catalog) => {
+                models.replace(catalog);
+                let names: Vec<&str> = config.models.iter().map(|it| it.name.as_str()).collect();
+                tracing::info!(models = ?names, "the models were read anew");
+            }
+            Err(error) => {
+                tracing::error!(%error, "a model cannot be loaded: models stay as they are");
+            }
+        }
     }
 }
 

@@ -607,7 +607,8 @@ async fn an_address_that_is_taken_is_an_error() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut config = Config::default();
     config.server.listen = taken.local_addr().unwrap();
-    let error = run(config).await.unwrap_err();
+    let again = || Ok(Config::default());
+    let error = run(config, again).await.unwrap_err();
     assert!(matches!(error, ServeError::Bind { .. }), "{error}");
 }
 
