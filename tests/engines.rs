@@ -8,8 +8,17 @@
     reason = "a conversation that cannot go on should panic"
 )]
 
+#[path = "server/client.rs"]
+mod client;
 #[path = "engines/fake.rs"]
 mod fake;
+#[path = "server/program.rs"]
+mod program;
+#[path = "engines/tape.rs"]
+mod tape;
 
 #[path = "engines/gpu.rs"]
 mod gpu;
+#[cfg(feature = "local")]
+#[path = "engines/vllm.rs"]
+mod vllm;

@@ -1,5 +1,7 @@
 //! A client of the protocol, as a test needs it: each test reads as one side of a conversation.
 
+#![allow(dead_code, reason = "each test takes the parts that it needs")]
+
 use std::collections::{HashMap, VecDeque};
 
 use hotloop::proto::{
