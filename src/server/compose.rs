@@ -13,7 +13,7 @@ use crate::{
     archive::Archive,
     backend::{
         Backend, DeviceChoice,
-        router::Router,
+        router::{Replica, Router, RoutingOptions},
         sim::{Pace, Sim},
     },
     config::{self, Config, Engine},
@@ -155,9 +155,14 @@ fn load(config: &Config, model: &config::Model, cache: &ArtifactsCache) -> Resul
             "the template renders the past anew when outputs of calls are added: every step prefills its last answer again"
         );
     }
+    let only = Replica {
+        name: model.name.as_str().into(),
+        backend,
+        weight: 1,
+    };
     Ok(Model {
         name: model.name.as_str().into(),
-        backend: Arc::new(Router::new(backend, Vec::new())),
+        backend: Arc::new(Router::new(only, Vec::new(), RoutingOptions::default())),
         context_length,
         parameters,
         output_tokens_max: config.request.output_tokens_max,
