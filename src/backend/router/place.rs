@@ -114,11 +114,10 @@ mod tests {
             let conversation = Key::of(&["tenant", affinity]);
             order(conversation, replicas.into_iter()).collect::<Vec<_>>()
         });
-        assert_eq!(orders, EXPECTED);
+        // As another program computes them.
+        assert_eq!(orders, [[1, 3, 0, 2], [0, 2, 3, 1], [1, 0, 3, 2]]);
         assert_ne!(Key::of(&["ab", "c"]), Key::of(&["a", "bc"]));
     }
-
-    const EXPECTED: [[usize; 4]; 3] = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]];
 
     #[test]
     fn weights_are_kept() {

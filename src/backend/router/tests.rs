@@ -14,7 +14,7 @@ use crate::{
     item::ResponseId,
     ledger::{Draft, Rope},
 };
-use fake::{Fake, Heard, hear};
+use fake::{Fake, Heard, hear, reference};
 
 /// A router over engines with these names, and the engines.
 fn fleet<const N: usize>(names: [&str; N], options: RoutingOptions) -> (Router, [Arc<Fake>; N]) {
@@ -37,12 +37,13 @@ fn router_of<'a>(
     Router::new(replicas.remove(0), replicas, options)
 }
 
-/// A conversation that prefers the engines in the order of these names.
+/// A conversation that prefers the engines in the order of these names, and whose next sample has
+/// 12 tokens.
 fn prefers(router: &Router, names: &[&str]) -> Prompt {
     let prompts = (0..10_000).map(|n| prompt("tenant", &format!("conversation {n}")));
     prompts
         .into_iter()
-        .find(|prompt| order(router, prompt) == names)
+        .find(|prompt| reference(prompt).0.len() == 12 && order(router, prompt) == names)
         .unwrap()
 }
 

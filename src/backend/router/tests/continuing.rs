@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{ledger::fingerprint, parse::Grammar};
-use fake::{Ending, Play, reference};
+use fake::{Ending, Play};
 
 /// Prompts whose samples end in both ways, of all lengths.
 fn prompts() -> Vec<Prompt> {
@@ -57,7 +57,7 @@ async fn a_replica_that_dies_anywhere_changes_nothing() {
 async fn it_goes_on_for_as_long_as_there_are_replicas_and_attempts() {
     let (router, fakes) = fleet(["a", "b", "c", "d"], RoutingOptions::default());
     let names = ["a", "b", "c", "d"];
-    let long = long_from(&router, &names);
+    let long = prefers(&router, &names);
     fakes[0].ends(Ending::Fails(2, failed("one")));
     fakes[1].ends(Ending::Fails(3, unavailable(Some(50))));
     assert_eq!(hear(router.sample(long.clone())).await, Heard::whole(&long));
@@ -80,18 +80,10 @@ async fn it_goes_on_for_as_long_as_there_are_replicas_and_attempts() {
     assert_eq!(fakes[1].prompts()[1].sampling.seed, seeds[1]);
 }
 
-/// A conversation that prefers these, with a sample of 12 tokens.
-fn long_from(router: &Router, names: &[&str]) -> Prompt {
-    (0..10_000)
-        .map(|n| prompt("tenant", &format!("conversation {n}")))
-        .find(|prompt| order(router, prompt) == names && reference(prompt).0.len() == 12)
-        .unwrap()
-}
-
 #[tokio::test(start_paused = true)]
 async fn where_all_others_are_out_the_error_says_that_it_broke() {
     let (router, fakes) = fleet(["a", "b"], RoutingOptions::default());
-    let long = long_from(&router, &["a", "b"]);
+    let long = prefers(&router, &["a", "b"]);
     for error in [unavailable(Some(20)), unavailable(None), refused()] {
         fakes[0].ends(Ending::Fails(2, failed("killed")));
         fakes[1].fails(error);
@@ -134,7 +126,7 @@ async fn what_cannot_be_continued_exactly_fails() {
         let fakes = [(); 2].map(|()| Arc::new(Fake::default()));
         let mut long = {
             let router = router_of(["a", "b"].iter().zip(&fakes), RoutingOptions::default());
-            long_from(&router, &["a", "b"])
+            prefers(&router, &["a", "b"])
         };
         change(&mut long, &fakes);
         let router = router_of(["a", "b"].iter().zip(&fakes), RoutingOptions::default());

@@ -38,18 +38,19 @@ async fn over_its_share_the_next_one_takes_it_and_then_it_comes_back() {
         fakes.iter().for_each(|fake| fake.ends(Ending::Hangs(1)));
         router.sample(home_a.clone())
     };
-    // One more than fits is on the next: 1.25 × 1 / 3 is at most 1, 1.25 × 4 / 3 at most 2.
+    // One may have 1 of the first 2 (1.25 × 2 / 3), 2 of the first 4 (1.25 × 4 / 3).
     let mut held = vec![hold()];
     assert_eq!(in_flight(&router), [1, 0, 0]);
     held.push(hold());
     assert_eq!(in_flight(&router), [1, 1, 0]);
     held.push(hold());
     held.push(hold());
-    assert_eq!(in_flight(&router), [2, 1, 1]);
+    assert_eq!(in_flight(&router), [2, 2, 0]);
     for _ in 4..30 {
         held.push(hold());
     }
-    assert_eq!(in_flight(&router), [13, 12, 5]);
+    // 13 of 30: the last one has what is left.
+    assert_eq!(in_flight(&router), [13, 13, 4]);
     held.clear();
     assert_eq!(in_flight(&router), [0, 0, 0]);
     let _held = hold();
@@ -62,10 +63,10 @@ async fn samples_of_others_on_an_engine_count_and_ours_count_once() {
     let home_a = prefers(&router, &["a", "b"]);
     *fakes[0].load.lock() = Some(5);
     *fakes[1].load.lock() = Some(4);
-    // 1.25 × 10 / 2 is at most 7.
+    // It may have 7 of 10 (1.25 × 10 / 2), and 9 of 14.
     hear(router.sample(home_a.clone())).await;
     assert_eq!((asked(&fakes), router.load()), ([1, 0], Some(9)));
-    *fakes[0].load.lock() = Some(8);
+    *fakes[0].load.lock() = Some(9);
     hear(router.sample(home_a.clone())).await;
     assert_eq!(asked(&fakes), [1, 1]);
     // Ours are among those that the engine tells of.
