@@ -120,7 +120,7 @@ impl Attempt {
         tracing::warn!(
             replica = &**self.replica(),
             reason = %error,
-            "a replica failed, another samples already"
+            "a replica failed while another samples beside it"
         );
         self.failed(error);
     }

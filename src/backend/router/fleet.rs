@@ -93,12 +93,13 @@ impl Member {
     }
 
     fn status(&self, now: Instant) -> ReplicaStatus {
+        let healthy = self.backend.healthy();
         let breaker = self.breaker.lock();
         let admits_at = breaker.admits_at(now);
         ReplicaStatus {
             name: self.name.clone(),
             kind: self.capabilities.kind,
-            healthy: self.backend.healthy(),
+            healthy,
             breaker: breaker.state(now),
             in_flight: self.in_flight.load(Ordering::Relaxed),
             failures: breaker.failures(),
@@ -231,12 +232,16 @@ impl Fleet {
         let members = self.members.iter().zip(looked_at);
         members
             .map(|(member, (standing, load))| match standing {
-                Standing::Roomy | Standing::OnTrial | Standing::Full
+                Standing::Roomy | Standing::OnTrial
                     if load >= spread.bound(self.options.load_factor, member.weight) =>
                 {
                     Standing::Full
                 }
-                standing => standing,
+                Standing::Roomy
+                | Standing::OnTrial
+                | Standing::Full
+                | Standing::Ill
+                | Standing::Out => standing,
             })
             .collect()
     }
@@ -272,10 +277,7 @@ impl Fleet {
                 let out_for = self.out_for();
                 BackendError::Unavailable {
                     reason,
-                    retry_after: match out_for.is_zero() {
-                        true => retry_after,
-                        false => Some(out_for),
-                    },
+                    retry_after: (!out_for.is_zero()).then_some(out_for).or(retry_after),
                 }
             }
             other @ (BackendError::Refused { .. } | BackendError::Failed { .. }) => other,

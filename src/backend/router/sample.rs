@@ -162,12 +162,20 @@ impl Stream for Sample {
                     return Poll::Ready(Some(Ok(chunk)));
                 }
                 Err(error) => match rest.after(attempt, error) {
-                    Ok(attempt) => *state = State::Running(attempt),
-                    Err(last) => return Poll::Ready(Some(last)),
+                    Next::Attempt(attempt) => *state = State::Running(attempt),
+                    Next::Last(last) => return Poll::Ready(Some(last)),
                 },
             }
         }
     }
+}
+
+/// What comes after a failure.
+enum Next {
+    /// Another replica samples.
+    Attempt(Attempt),
+    /// This, and then nothing.
+    Last(Result<Chunk, BackendError>),
 }
 
 /// Which of two that race.
@@ -255,48 +263,37 @@ impl Rest {
         chunk
     }
 
-    /// What comes after a failure: another replica, or the last that who asked is told.
-    fn after(
-        &mut self,
-        attempt: Attempt,
-        error: BackendError,
-    ) -> Result<Attempt, Result<Chunk, BackendError>> {
+    /// Ends an attempt with its error, and finds what comes after it.
+    fn after(&mut self, attempt: Attempt, error: BackendError) -> Next {
         let replica = attempt.replica().clone();
         attempt.failed(&error);
         let refused = matches!(error, BackendError::Refused { .. });
         let tokens = match &mut self.passed {
-            Passed::Nothing(_) if refused => return Err(Err(error)),
-            Passed::Nothing(_) => 0,
+            Passed::Nothing(_) if refused => return Next::Last(Err(error)),
             Passed::Tokens {
                 prompt, sampled, ..
             } if let Some(finish) = end_of(&prompt.sampling, sampled) => {
-                return Err(Ok(Chunk {
+                return Next::Last(Ok(Chunk {
                     finish: Some(finish),
                     ..Chunk::default()
                 }));
             }
             Passed::Tokens {
                 sampled, continued, ..
-            } if !refused => {
+            } => {
                 *continued = true;
                 sampled.len()
             }
-            Passed::Tokens { .. } | Passed::Final => return Err(Err(broken(error))),
+            Passed::Nothing(_) | Passed::Final => 0,
         };
-        let Some(next) = self.attempt(Need::Sample) else {
-            return Err(Err(match self.passed {
-                Passed::Nothing(_) => self.fleet.begun_nowhere(error),
-                Passed::Tokens { .. } | Passed::Final => broken(error),
-            }));
-        };
-        tracing::warn!(
-            replica = &*replica,
-            reason = %error,
-            other = &**next.replica(),
-            tokens,
-            "a replica failed, another samples in its place"
-        );
-        Ok(next)
+        let next = (!refused).then(|| self.attempt(Need::Sample)).flatten();
+        let other = next.as_ref().map(|next| &**next.replica());
+        tracing::warn!(replica = &*replica, reason = %error, tokens, other, "a replica failed");
+        match (next, &self.passed) {
+            (Some(next), _) => Next::Attempt(next),
+            (None, Passed::Nothing(_)) => Next::Last(Err(self.fleet.begun_nowhere(error))),
+            (None, Passed::Tokens { .. } | Passed::Final) => Next::Last(Err(broken(error))),
+        }
     }
 }
 

@@ -5,6 +5,8 @@ mod failing;
 mod fake;
 mod hedging;
 mod placing;
+#[cfg(feature = "local")]
+mod real;
 
 use std::{sync::Arc, time::Duration};
 
