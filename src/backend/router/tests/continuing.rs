@@ -97,6 +97,14 @@ async fn where_all_others_are_out_the_error_says_that_it_broke() {
         // So that the next one begins with a clean slate.
         hear(router.sample(long.clone())).await;
     }
+    // One that refuses the rest ends it, though there is another.
+    let (router, fakes) = fleet(["a", "b", "c"], RoutingOptions::default());
+    let long = prefers(&router, &["a", "b", "c"]);
+    fakes[0].ends(Ending::Fails(2, failed("killed")));
+    fakes[1].fails(refused());
+    let heard = hear(router.sample(long)).await;
+    assert_eq!(heard.end, Err(failed("too long")));
+    assert_eq!(asked(&fakes), [1, 1, 0]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -79,6 +79,16 @@ async fn there_is_at_most_one() {
         (start.elapsed().as_millis(), asked(&fakes)),
         (9_050, [1, 1, 0])
     );
+    // Nor a second one beside the first, once that is alone.
+    fakes[0].play(Play::of(Ending::Fails(0, failed("dead"))).after_ms(60));
+    fakes[1].play(slow(500));
+    hear(router.sample(home_a.clone())).await;
+    assert_eq!(asked(&fakes), [2, 2, 0]);
+    // One that is tried in place of another may have one beside it.
+    fakes[0].fails(failed("dead"));
+    fakes[1].play(slow(500));
+    hear(router.sample(home_a.clone())).await;
+    assert_eq!(asked(&fakes), [3, 3, 1]);
 }
 
 #[tokio::test(start_paused = true)]
