@@ -19,7 +19,7 @@ use std::{
 
 use crate::{
     auth::{self, Gate, GateError, Keys, KeysError},
-    backend::{DeviceChoice, gpu::GpuOptions},
+    backend::{DeviceChoice, gpu::GpuOptions, router::RoutingOptions},
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,8 @@ pub struct Config {
     pub request: Request,
     /// What is kept in memory between commands and streams.
     pub cache: Cache,
+    /// How samples find the engines of a model.
+    pub routing: RoutingOptions,
     /// What is kept on disk.
     pub store: Store,
     /// The log.
@@ -498,6 +500,7 @@ impl Default for Config {
             stream: Stream::default(),
             request: Request::default(),
             cache: Cache::default(),
+            routing: RoutingOptions::default(),
             store: Store::default(),
             log: Log::default(),
             models: Model::built_in(),
@@ -616,8 +619,11 @@ impl Config {
                 let number = digits.parse();
                 toml::Value::Integer(number.map_err(|_| refuse("expected a whole number".into()))?)
             }
+            toml::Value::Float(_) => {
+                let number = value.parse();
+                toml::Value::Float(number.map_err(|_| refuse("expected a number".into()))?)
+            }
             toml::Value::String(_)
-            | toml::Value::Float(_)
             | toml::Value::Boolean(_)
             | toml::Value::Datetime(_)
             | toml::Value::Array(_)

@@ -7,7 +7,7 @@ use parking_lot::RwLock;
 use serde::Deserialize;
 
 use crate::{
-    backend::Backend,
+    backend::{Backend, router::Router},
     files::Files,
     parse::{Family, Markers, ParserOptions},
     request::Abilities,
@@ -336,6 +336,8 @@ pub struct Model {
     pub artifacts: Arc<Artifacts>,
     /// What samples.
     pub backend: Arc<dyn Backend>,
+    /// The same, where it routes between several.
+    pub replicas: Option<Arc<Router>>,
     /// The longest prompt and sample together, in tokens.
     pub context_length: u32,
     /// How many parameters it has; 0 where that is not known, or it has none.

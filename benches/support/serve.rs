@@ -119,6 +119,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         parameters: 0,
         output_tokens_max: 1 << 20,
         fallback: None,
+        replicas: None,
     });
     let drain = Drain::new(Duration::from_secs(1));
     let sessions = Sessions::new(ParkedLimits {

@@ -408,7 +408,8 @@ impl Backend for Sim {
         let play = match self.script.play(&prompt) {
             Ok(play) => play,
             Err(reason) => {
-                return stream::once(std::future::ready(Err(BackendError::Failed { reason })))
+                // It would be the same the next time.
+                return stream::once(std::future::ready(Err(BackendError::Refused { reason })))
                     .boxed();
             }
         };

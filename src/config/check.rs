@@ -32,6 +32,9 @@ impl Config {
         if let Err(error) = EnvFilter::try_new(&self.log.filter) {
             return conflict(format!("log.filter: {error}"));
         }
+        if let Err(reason) = self.routing.check() {
+            return conflict(format!("routing.{reason}"));
+        }
         self.check_models()?;
         self.gate()?;
         Ok(())
@@ -116,6 +119,10 @@ impl Config {
         for (index, gpu) in model.gpu.iter().enumerate() {
             gpu.check()
                 .map_err(|reason| format!("gpu[{index}].{reason}"))?;
+            let earlier = &model.gpu[..index];
+            if earlier.iter().any(|other| other.url == gpu.url) {
+                return Err(format!("gpu[{index}].url is that of one before it"));
+            }
         }
         if !model.gpu.is_empty() && model.path.is_none() {
             return Err("path is missing: the directory of the tokenizer and template".to_owned());
@@ -160,7 +167,7 @@ impl Config {
     pub(super) fn ranges(&self) -> Vec<(&'static str, u64, RangeInclusive<u64>)> {
         const DAY_SECS: u64 = 24 * 3600;
         const GIB: u64 = 1 << 30;
-        let Self { server, stream, request, cache, store, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
+        let Self { server, stream, request, cache, store, routing: _, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
         let count = |number: usize| number as u64;
         vec![
             // Under 64 KiB a create with a few tools would not fit; a message is held in memory

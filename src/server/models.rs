@@ -7,7 +7,7 @@ use crate::{
     backend::{
         Backend,
         gpu::{Gpu, GpuError, GpuOptions},
-        router::Router,
+        router::{Replica, Router, RoutingOptions},
         sim::{Pace, Sim},
     },
     config::{self, Config},
@@ -29,6 +29,7 @@ struct Loaded {
     settings: config::Model,
     cache_bytes: u64,
     output_tokens_max: u32,
+    routing: RoutingOptions,
     model: Arc<Model>,
 }
 
@@ -51,6 +52,7 @@ impl Loader {
                 it.settings == *settings
                     && (it.cache_bytes == cache_bytes || settings.local.is_none())
                     && it.output_tokens_max == output_tokens_max
+                    && it.routing == config.routing
             });
             let model = match kept {
                 Some(kept) => kept.model.clone(),
@@ -66,6 +68,7 @@ impl Loader {
                 settings: settings.clone(),
                 cache_bytes,
                 output_tokens_max,
+                routing: config.routing.clone(),
                 model,
             });
         }
@@ -129,11 +132,18 @@ async fn load(
         );
     }
     let parameters = samplers.iter().map(|it| it.parameters).max().unwrap_or(0);
-    let mut backends = samplers.into_iter().map(|it| it.backend);
-    let first = backends.next().ok_or("nothing samples from it")?;
+    let mut replicas = samplers.into_iter().map(|it| Replica {
+        name: it.name.into(),
+        backend: it.backend,
+        weight: it.weight,
+    });
+    let first = replicas.next().ok_or("nothing samples from it")?;
+    let others = replicas.collect();
+    let router = Arc::new(Router::new(first, others, config.routing.clone()));
     Ok(Model {
         name: model.name.as_str().into(),
-        backend: Arc::new(Router::new(first, backends.collect())),
+        replicas: Some(router.clone()),
+        backend: router,
         context_length,
         parameters,
         output_tokens_max: config.request.output_tokens_max,
@@ -156,6 +166,10 @@ fn files(model: &config::Model) -> Result<Files, String> {
 
 /// Something that samples from a model.
 struct Sampler {
+    /// Tells it from the others.
+    name: String,
+    /// Its share of the conversations, beside those of the others.
+    weight: u32,
     backend: Arc<dyn Backend>,
     /// Where it is an engine that has to be asked how it is.
     engine: Option<Arc<Gpu>>,
@@ -198,6 +212,8 @@ fn sim(settings: &config::Sim, artifacts: &Arc<Artifacts>) -> Result<Sampler, St
         None => Sim::new(Sim::demo_rules(), artifacts.clone(), pace),
     };
     Ok(Sampler {
+        name: "sim".to_owned(),
+        weight: 1,
         backend: Arc::new(sim.map_err(|error| match rules.map(Path::display) {
             Some(path) => format!("{path}: {error}"),
             None => error.to_string(),
@@ -227,6 +243,8 @@ async fn gpu(
     };
     let context_length = told.into_iter().chain(artifacts.context_length).min();
     Ok(Sampler {
+        name: options.url.clone(),
+        weight: options.weight,
         backend: gpu.clone(),
         engine: Some(gpu),
         context_length: context_length
@@ -268,6 +286,8 @@ async fn local(
         ));
     }
     Ok(Sampler {
+        name: "local".to_owned(),
+        weight: 1,
         context_length: local.context_length(),
         parameters: local.parameters(),
         engine: None,

@@ -238,24 +238,30 @@ fn trailers(code: &str, message: &str) -> HeaderMap {
     trailers
 }
 
-/// A request's message without what differs from run to run.
+/// A request's message without what differs from run to run: names, and the order of a map.
 fn nameless(path: &str, framed: &[u8]) -> String {
     let message = framed.get(5..).unwrap_or_default();
+    let mut biases: Vec<String> = Vec::new();
     let message = if path.ends_with("/GenerateStream") {
         let mut request = vllm_proto::GenerateRequest::decode(message).unwrap();
         request.request_id.clear();
         request.session_id = None;
+        let bias = std::mem::take(&mut request.decoding.as_mut().unwrap().logit_bias);
+        biases.extend(bias.iter().map(|(id, value)| format!(" {id}:{value}")));
         request.encode_to_vec()
     } else if path.ends_with("/Generate") {
         let mut request = engine::GenerateRequest::decode(message).unwrap();
         request.request_id.clear();
+        let bias = std::mem::take(&mut request.sampling_params.as_mut().unwrap().logit_bias);
+        biases.extend(bias.iter().map(|(id, value)| format!(" {id}:{value}")));
         request.encode_to_vec()
     } else if path.ends_with("/Abort") {
         Vec::new()
     } else {
         message.to_vec()
     };
-    hex(&message)
+    biases.sort_unstable();
+    hex(&message) + &biases.concat()
 }
 
 fn hex(bytes: &[u8]) -> String {

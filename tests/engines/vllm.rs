@@ -243,13 +243,25 @@ async fn a_cancelled_sample_stops(client: &Client) {
     talk.close().await;
 }
 
+/// A model this small writes white space between two parts of JSON for as long as it may. It may not.
+fn no_white_space() -> std::collections::HashMap<u32, f32> {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-agent");
+    let vocabulary = std::fs::read(model.join("tokenizer.json")).unwrap();
+    let tokenizer = hotloop::tokenizer::Tokenizer::from_json(&vocabulary).unwrap();
+    let ids = 0..u32::try_from(tokenizer.vocab_size()).unwrap();
+    ids.filter(|id| tokenizer.bytes_of(*id).iter().all(u8::is_ascii_whitespace))
+        .map(|id| (id, -100.0))
+        .collect()
+}
+
 /// Schemas and strict tools hold, whatever the model would say by itself.
 async fn constraints_hold(client: &Client) {
     let mut talk = client.stream().await;
     let schema = r#"{"type":"object","properties":{"name":{"type":"string","maxLength":8},"count":{"type":"integer","minimum":0,"maximum":9}},"required":["name","count"],"additionalProperties":false}"#;
     talk.create(Create {
         temperature: Some(0.0),
-        max_output_tokens: Some(600),
+        max_output_tokens: Some(100),
+        logit_bias: no_white_space(),
         text: Some(TextFormat {
             format: Some(text_format::Format::JsonSchema(proto::JsonSchema {
                 name: "fruit".into(),
@@ -268,7 +280,8 @@ async fn constraints_hold(client: &Client) {
 
     talk.create(Create {
         temperature: Some(0.0),
-        max_output_tokens: Some(600),
+        max_output_tokens: Some(100),
+        logit_bias: no_white_space(),
         tools: tools(true),
         tool_choice: Some(proto::ToolChoice {
             choice: Some(proto::tool_choice::Choice::Mode(

@@ -61,6 +61,7 @@ fn model(name: &str, artifacts: Arc<Artifacts>) -> Arc<Model> {
         parameters: 0,
         output_tokens_max: 1 << 15,
         fallback: None,
+        replicas: None,
     })
 }
 

@@ -209,6 +209,7 @@ impl Family {
             parameters: 0,
             output_tokens_max: 100_000,
             fallback: None,
+            replicas: None,
         };
         (Arc::new(model), backend)
     }

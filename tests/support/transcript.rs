@@ -99,6 +99,7 @@ impl House {
             parameters: 0,
             output_tokens_max: 1_000,
             fallback: None,
+            replicas: None,
         };
         Self {
             limits: Limits {
