@@ -20,5 +20,8 @@ mod tape;
 #[path = "engines/gpu.rs"]
 mod gpu;
 #[cfg(feature = "local")]
+#[path = "engines/server.rs"]
+mod server;
+#[cfg(feature = "local")]
 #[path = "engines/vllm.rs"]
 mod vllm;

@@ -65,6 +65,12 @@ impl Tape {
         fs::write(path, text).unwrap();
     }
 
+    /// Whether a sample was asked for.
+    pub(crate) fn has_samples(&self) -> bool {
+        let exchanges = self.0.lock().unwrap();
+        exchanges.iter().any(|it| it.path.contains("/Generate"))
+    }
+
     /// A proxy in front of an engine that keeps what passes on this tape.
     pub(crate) async fn record(&self, engine: SocketAddr) -> SocketAddr {
         let tape = self.clone();

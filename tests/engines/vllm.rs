@@ -350,3 +350,90 @@ async fn vllm_as_it_answers_now() {
         }
     }
 }
+
+/// Two real engines serve one model, each in its dialect. The one that has the conversation is killed
+/// while it samples: the client sees no error, and the tokens that the model in this process gives.
+#[tokio::test]
+#[ignore = "needs a real vLLM: tests/vllm/run.sh"]
+async fn a_real_engine_is_killed() {
+    let engines = [Dialect::Vllm, Dialect::Engine];
+    let tapes = [Tape::default(), Tape::default()];
+    let mut urls = Vec::new();
+    for (dialect, tape) in engines.iter().zip(&tapes) {
+        let proxy = tape.record(dialect.real().unwrap()).await;
+        urls.push(format!("[[model.gpu]]\nurl = \"http://{proxy}\"\n"));
+    }
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-agent");
+    let path = model.to_str().unwrap();
+    let config = format!(
+        "[[model]]\nname = \"engines\"\ndefault = true\npath = \"{path}\"\n{}\n\
+         [[model]]\nname = \"local\"\npath = \"{path}\"\n",
+        urls.concat()
+    );
+    let program = Serve::with_config(&config).start().await;
+    let client = Client::of(&program).await;
+
+    let ask = |model: &str| Create {
+        model: Some(model.into()),
+        temperature: Some(0.0),
+        // It has much to say, since it may not end.
+        logit_bias: [(1021, -100.0)].into(),
+        max_output_tokens: Some(64),
+        ..Create::default()
+    };
+    let mut rounds = Vec::new();
+    for model in ["engines", "local"] {
+        let mut talk = client.stream().await;
+        let mut said: Vec<Round> = Vec::new();
+        for step in 0..8 {
+            let input = vec![user(&format!("Tell me story {step}."))];
+            let create = match said.last() {
+                None => Create {
+                    input,
+                    ..ask(model)
+                },
+                Some(before) => after(&before.response_id, input),
+            };
+            let begun = std::time::Instant::now();
+            talk.create(create).await;
+            let mut messages = Vec::new();
+            if model == "engines" && step == 4 {
+                let is_text = |event: &Event| matches!(event, Event::OutputTextDelta(_));
+                messages = talk.until("", is_text).await;
+                let serving = tapes.iter().position(|tape| tape.has_samples()).unwrap();
+                kill(engines[serving]).await;
+                println!(
+                    "step {step}: killed the engine with the dialect {}",
+                    engines[serving].name()
+                );
+            }
+            messages.extend(
+                talk.until("", |event| matches!(event, Event::Done(_)))
+                    .await,
+            );
+            let round = Round::of(messages);
+            println!("{model} step {step}: {:?}", begun.elapsed());
+            said.push(round);
+        }
+        talk.close().await;
+        rounds.push(said);
+    }
+    let (there, here) = (&rounds[0], &rounds[1]);
+    for (there, here) in there.iter().zip(here) {
+        assert_eq!(there.text, here.text);
+        assert_eq!(fingerprint(there), fingerprint(here));
+        assert_eq!(there.done.usage.unwrap().output_tokens, 64);
+    }
+}
+
+/// Kills the engine and all of its processes, as a machine that loses power would.
+async fn kill(dialect: Dialect) {
+    let variable = match dialect {
+        Dialect::Vllm => "HOTLOOP_TEST_VLLM_PID",
+        Dialect::Engine => "HOTLOOP_TEST_ENGINE_PID",
+    };
+    let group = format!("-{}", std::env::var(variable).unwrap());
+    let mut command = tokio::process::Command::new("kill");
+    let killed = command.args(["-9", "--", &group]).status().await.unwrap();
+    assert!(killed.success());
+}

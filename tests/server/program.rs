@@ -121,7 +121,7 @@ impl Serve {
             address: ([0, 0, 0, 0], 0).into(),
             child,
             log,
-            _dir: dir,
+            dir,
         };
         let line = program.says(&["hotloop serves gRPC on "]).await;
         program.address = line.rsplit(' ').next().unwrap().parse().unwrap();
@@ -134,7 +134,7 @@ pub(crate) struct Program {
     pub(crate) address: SocketAddr,
     child: Child,
     log: watch::Receiver<Vec<Arc<str>>>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Program {
@@ -165,6 +165,11 @@ impl Program {
     /// Its log so far.
     pub(crate) fn log(&self) -> String {
         self.log.borrow().join("\n")
+    }
+
+    /// Its file of settings.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.dir.path().join("hotloop.toml")
     }
 
     /// Sends a signal, such as `TERM`.
