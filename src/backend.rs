@@ -4,6 +4,7 @@
 //! stream of [`Chunk`]s. Dropping the stream cancels the sample. The router is a backend made of
 //! backends; `sim` plays scripts; `local` runs a model in this process.
 
+pub mod cerebras;
 pub mod router;
 pub mod sim;
 
