@@ -36,12 +36,18 @@ use tracing::Instrument as _;
 use super::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt};
 use answer::Answer;
 use calls::Assembler;
-use service::{Next, Reading, Service};
+use service::{Next, Reading, Request, Service};
 use written::Written;
 
 pub use options::{
     BodyForm, CerebrasOptions, Dialect, MaxTokensKey, PromptForm, ReasoningKey, TopK,
 };
+
+/// The most bytes of one event of an answer.
+const EVENT_BYTES_MAX: usize = 1 << 20;
+
+/// The most bytes of a token id in JSON, with the comma.
+const ID_BYTES_MAX: usize = 11;
 
 /// Why a backend could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +128,16 @@ impl Cerebras {
         self.service.limits()
     }
 
+    /// vLLM repeats the ids of the prompt in its first event.
+    fn event_bytes_max(&self, prompt: &Prompt) -> usize {
+        match (self.options.prompt, self.options.dialect) {
+            (PromptForm::Tokens, Dialect::Vllm) => {
+                EVENT_BYTES_MAX + prompt.tokens.len_tokens() * ID_BYTES_MAX
+            }
+            (PromptForm::Chat, _) | (_, Dialect::Cerebras | Dialect::OpenAi) => EVENT_BYTES_MAX,
+        }
+    }
+
     fn answer(&self, prompt: &Prompt) -> Answer {
         match (self.options.prompt, &prompt.chat) {
             (PromptForm::Chat, Some(chat)) => {
@@ -163,8 +179,12 @@ impl Backend for Cerebras {
             Ok(parts) => parts,
             Err(error) => return stream::iter([Err(error)]).boxed(),
         };
-        let answer = self.answer(&prompt);
-        let asking = self.service.clone().ask(parts, answer).boxed();
+        let request = Request {
+            parts,
+            answer: self.answer(&prompt),
+            event_bytes_max: self.event_bytes_max(&prompt),
+        };
+        let asking = self.service.clone().ask(request).boxed();
         stream::unfold(Sample::Asking(asking), move |sample| {
             sample.next().instrument(span.clone())
         })

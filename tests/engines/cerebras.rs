@@ -34,10 +34,12 @@ const KEY: &str = "csk-very-secret";
 
 /// A backend for this service, made by these lines of a file.
 fn backend(fake: &Fake, toml: &str) -> Cerebras {
-    let toml = format!(
-        "url = \"{}\"\nmodel = \"m\"\nwarm = false\n{toml}",
-        fake.url
-    );
+    let warm = if toml.contains("warm") {
+        ""
+    } else {
+        "warm = false"
+    };
+    let toml = format!("url = \"{}\"\nmodel = \"m\"\n{warm}\n{toml}", fake.url);
     let options: CerebrasOptions = toml::from_str(&toml).unwrap();
     Cerebras::new(options, Some(ApiKey::new(KEY).unwrap())).unwrap()
 }

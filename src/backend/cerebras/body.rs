@@ -21,6 +21,9 @@ use crate::{
 /// The most stop texts that the API takes. The others are looked for here.
 const STOPS_MAX: usize = 4;
 
+/// How a message of a developer begins.
+const DEVELOPER: &[u8] = b"{\"role\":\"developer\"";
+
 /// The body of the request for this prompt.
 pub(super) fn parts(
     options: &CerebrasOptions,
@@ -83,7 +86,13 @@ fn chat_parts(
     };
     for message in &chat.messages {
         parts.push(between);
-        parts.push(message.object.clone());
+        match message.object.strip_prefix(DEVELOPER) {
+            Some(_) if !options.developer_role => {
+                parts.push(Bytes::from_static(b"{\"role\":\"system\""));
+                parts.push(message.object.slice(DEVELOPER.len()..));
+            }
+            Some(_) | None => parts.push(message.object.clone()),
+        }
         if let (Some(key), Some(reasoning)) = (&reasoning_key, &message.reasoning) {
             parts.push(key.clone());
             parts.push(reasoning.clone());

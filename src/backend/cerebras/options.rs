@@ -33,6 +33,8 @@ pub struct CerebrasOptions {
     pub http2_prior_knowledge: bool,
     /// The key under which messages of the model have their reasoning.
     pub reasoning_key: ReasoningKey,
+    /// Whether the service knows the role `developer`; else such messages have the role `system`.
+    pub developer_role: bool,
     /// What Cerebras is to do with reasoning: `parsed`, `hidden` and others; empty: not sent. At
     /// most 32 letters.
     pub reasoning_format: String,
@@ -156,6 +158,7 @@ impl Default for CerebrasOptions {
             gzip: false,
             http2_prior_knowledge: false,
             reasoning_key: ReasoningKey::default(),
+            developer_role: true,
             reasoning_format: "parsed".into(),
             keep_thinking: true,
             max_tokens_key: MaxTokensKey::default(),

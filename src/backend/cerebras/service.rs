@@ -48,6 +48,16 @@ const LIMIT_BYTES_MAX: usize = 64;
 /// The headers by which a service finds a request in its logs.
 const TRACE_HEADERS: [&str; 2] = ["x-request-id", "cf-ray"];
 
+/// What is asked of a service, and what is to be made of its answer.
+#[derive(Debug)]
+pub(super) struct Request {
+    /// The body.
+    pub(super) parts: Vec<Bytes>,
+    pub(super) answer: Answer,
+    /// The most bytes of one event.
+    pub(super) event_bytes_max: usize,
+}
+
 /// A service, as all samples share it.
 #[derive(Debug)]
 pub(super) struct Service {
@@ -124,14 +134,10 @@ impl Service {
     }
 
     /// Sends the request, and waits for the answer to begin.
-    pub(super) async fn ask(
-        self: Arc<Self>,
-        parts: Vec<Bytes>,
-        answer: Answer,
-    ) -> Result<Reading, BackendError> {
+    pub(super) async fn ask(self: Arc<Self>, request: Request) -> Result<Reading, BackendError> {
         let begin = Instant::now();
         let first_byte = begin + self.first_byte;
-        let response = match timeout_at(first_byte, self.send(&parts)).await {
+        let response = match timeout_at(first_byte, self.send(&request.parts)).await {
             Ok(sent) => sent?,
             Err(_) => return Err(unavailable("no answer came in time")),
         };
@@ -140,8 +146,8 @@ impl Service {
         if status.is_success() {
             return Ok(Reading {
                 response,
-                parser: SseParser::default(),
-                answer,
+                parser: SseParser::new(request.event_bytes_max),
+                answer: request.answer,
                 until: first_byte,
                 whole: begin + self.whole,
                 idle: self.idle,

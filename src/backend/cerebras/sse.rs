@@ -5,9 +5,6 @@
 
 use std::fmt;
 
-/// The most bytes of one event, its lines together.
-pub(super) const EVENT_BYTES_MAX: usize = 1 << 20;
-
 /// One event.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct SseEvent {
@@ -20,8 +17,8 @@ pub(super) struct SseEvent {
 /// Why bytes are no events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SseError {
-    /// An event is over [`EVENT_BYTES_MAX`].
-    TooLong,
+    /// An event is over this limit, in bytes.
+    TooLong(usize),
     /// It is no UTF-8.
     NotText,
 }
@@ -29,15 +26,17 @@ pub(super) enum SseError {
 impl fmt::Display for SseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TooLong => write!(f, "an event is over {EVENT_BYTES_MAX} bytes"),
+            Self::TooLong(max) => write!(f, "an event is over {max} bytes"),
             Self::NotText => f.write_str("an event is no text"),
         }
     }
 }
 
 /// Takes bytes as they come, and gives events.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct SseParser {
+    /// The most bytes of one event, its lines together.
+    event_bytes_max: usize,
     bytes: Vec<u8>,
     /// Lines before here are read.
     line: usize,
@@ -50,6 +49,19 @@ pub(super) struct SseParser {
 }
 
 impl SseParser {
+    /// For events of at most so many bytes, their lines together.
+    pub(super) fn new(event_bytes_max: usize) -> Self {
+        Self {
+            event_bytes_max,
+            bytes: Vec::new(),
+            line: 0,
+            looked: 0,
+            after_return: false,
+            name: String::new(),
+            data: None,
+        }
+    }
+
     /// Takes what was read.
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.bytes.drain(..self.line);
@@ -64,8 +76,8 @@ impl SseParser {
             let line = std::str::from_utf8(&self.bytes[self.line..end]);
             let line = line.map_err(|_| SseError::NotText)?;
             let data_bytes = self.data.as_ref().map_or(0, String::len);
-            if line.len() + data_bytes > EVENT_BYTES_MAX {
-                return Err(SseError::TooLong);
+            if line.len() + data_bytes > self.event_bytes_max {
+                return Err(SseError::TooLong(self.event_bytes_max));
             }
             let blank = line.is_empty();
             match line.split_once(':').unwrap_or((line, "")) {
@@ -95,8 +107,8 @@ impl SseParser {
                 }
             }
         }
-        if self.bytes.len() - self.line > EVENT_BYTES_MAX {
-            return Err(SseError::TooLong);
+        if self.bytes.len() - self.line > self.event_bytes_max {
+            return Err(SseError::TooLong(self.event_bytes_max));
         }
         Ok(None)
     }
@@ -126,8 +138,10 @@ impl SseParser {
 mod tests {
     use super::*;
 
+    const MAX: usize = 1 << 10;
+
     fn events(pieces: &[&[u8]]) -> Result<Vec<(String, String)>, SseError> {
-        let mut parser = SseParser::default();
+        let mut parser = SseParser::new(MAX);
         let mut events = Vec::new();
         for piece in pieces {
             parser.push(piece);
@@ -156,15 +170,15 @@ mod tests {
 
     #[test]
     fn an_event_over_the_limit_is_an_error_and_not_kept() {
-        let long = vec![b'x'; EVENT_BYTES_MAX / 2];
+        let long = vec![b'x'; MAX / 2];
         assert_eq!(
             events(&[b"data:", &long, &long, b"x"]),
-            Err(SseError::TooLong)
+            Err(SseError::TooLong(MAX))
         );
         let lines = [b"data:".as_slice(), &long, b"\n"];
         assert_eq!(
             events(&[lines, lines, lines].concat()),
-            Err(SseError::TooLong)
+            Err(SseError::TooLong(MAX))
         );
         assert_eq!(events(&[b"data: \xff\n\n"]), Err(SseError::NotText));
     }

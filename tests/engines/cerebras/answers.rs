@@ -20,12 +20,6 @@ fn called(name: &str, arguments: &str) -> [Parsed; 3] {
 
 #[tokio::test]
 async fn text_is_handed_out_as_it_comes() {
-    let mut steps = events([delta(json!({"role": "assistant"})), text("Hel")]);
-    steps.push(Step::Wait(Duration::from_millis(50)));
-    steps.extend(events([text("lo, you"), finish("stop"), usage()]));
-    steps.push(done());
-    let fake = Fake::new([Play::Events(steps)]).await;
-    let mut chunks = backend(&fake, "").sample(chat());
     let told = |text: &str| Chunk {
         told: Some(Box::new(Told {
             parsed: vec![said(text)],
@@ -33,13 +27,23 @@ async fn text_is_handed_out_as_it_comes() {
         })),
         ..Chunk::default()
     };
-    assert_eq!(chunks.next().await.unwrap().unwrap(), told("Hel"));
-    let second = chunks.next().await.unwrap().unwrap();
-    assert_eq!(second.told.unwrap().parsed, [said("lo, you")]);
-    let rest: Vec<_> = chunks.collect().await;
-    let end = last(SampleEnd::Stop, counted(50, 7, 3), Some(40));
-    assert!(rest.len() <= 1);
-    assert!(rest.into_iter().all(|chunk| chunk == Ok(end.clone())));
+    let mut steps = events([delta(json!({"role": "assistant"})), text("Hel")]);
+    steps.push(Step::Hang);
+    let fake = Fake::new([Play::Events(steps)]).await;
+    let first = backend(&fake, "").sample(chat()).next().await;
+    assert_eq!(first, Some(Ok(told("Hel"))));
+
+    // What one read brings is one chunk, the end of the answer too.
+    let all = [text("Hel"), text("lo"), finish("stop"), usage()].map(|event| {
+        match events([event]).remove(0) {
+            Step::Bytes(bytes) => bytes,
+            Step::Wait(_) | Step::Close | Step::Hang => unreachable!(),
+        }
+    });
+    let fake = Fake::new([Play::Events(vec![Step::Bytes(all.concat())])]).await;
+    let mut whole = last(SampleEnd::Stop, counted(50, 7, 3), Some(40));
+    whole.told.as_mut().unwrap().parsed = vec![said("Hel"), said("lo")];
+    assert_eq!(sampled(&backend(&fake, ""), chat()).await, [Ok(whole)]);
 }
 
 #[tokio::test]
@@ -223,14 +227,18 @@ async fn an_answer_byte_by_byte_is_the_same() {
 #[tokio::test]
 async fn a_slow_drip_is_waited_for() {
     let mut steps = Vec::new();
-    for event in [text("a"), text("b"), text("c"), finish("stop")] {
-        steps.push(Step::Wait(Duration::from_millis(60)));
+    for event in "abcdefgh"
+        .chars()
+        .map(|it| text(&it.to_string()))
+        .chain([finish("stop")])
+    {
+        steps.push(Step::Wait(Duration::from_millis(100)));
         steps.extend(events([event]));
     }
     let fake = Fake::new([Play::Events(steps)]).await;
-    let backend = backend(&fake, "first_byte_ms = 150\nidle_ms = 150");
+    let backend = backend(&fake, "first_byte_ms = 700\nidle_ms = 700");
     let (parsed, _) = answer(&backend, chat()).await;
-    assert_eq!(parsed, [said("abc")]);
+    assert_eq!(parsed, [said("abcdefgh")]);
 }
 
 /// The tokens of an answer, and its last chunk without them.

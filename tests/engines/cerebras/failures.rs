@@ -26,7 +26,7 @@ fn failed(reason: &str) -> BackendError {
 #[tokio::test]
 async fn too_much_is_told_with_the_time_to_wait() {
     let limits = [
-        ("retry-after-ms", "200"),
+        ("retry-after-ms", "800"),
         ("x-ratelimit-remaining-tokens-minute", "0"),
         ("x-ratelimit-reset-tokens-minute", "12.5"),
         ("x-request-id", "r"),
@@ -39,7 +39,7 @@ async fn too_much_is_told_with_the_time_to_wait() {
     let reason = "status 429, too_many_requests_error, request_quota_exceeded, quota";
     assert_eq!(
         error(&backend, chat()).await,
-        (0, unavailable(reason, Some(200)))
+        (0, unavailable(reason, Some(800)))
     );
     assert!(!backend.healthy());
     let limit = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -50,7 +50,7 @@ async fn too_much_is_told_with_the_time_to_wait() {
             limit("x-ratelimit-reset-tokens-minute", "12.5"),
         ]
     );
-    tokio::time::sleep(Duration::from_millis(250)).await;
+    tokio::time::sleep(Duration::from_millis(900)).await;
     assert!(backend.healthy());
 }
 

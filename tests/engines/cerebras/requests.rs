@@ -107,12 +107,9 @@ async fn a_prompt_of_tokens_is_the_same_in_each_form() {
 async fn connections_are_made_in_advance_and_used_again() {
     let plays = [finished(), finished(), finished()];
     let fake = Fake::new(plays).await;
-    let backend = backend(&fake, "").reconfigured(&fake);
+    let backend = backend(&fake, "warm = true");
     // Until the connection made in advance is free for others.
-    while fake.connections() == 0 {
-        tokio::task::yield_now().await;
-    }
-    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     for _ in 0..3 {
         answer(&backend, chat()).await;
         // The rest of the answer is read in the background.
@@ -122,22 +119,6 @@ async fn connections_are_made_in_advance_and_used_again() {
     let samples = ["/v1/chat/completions"; 3];
     assert_eq!(paths, [&["/v1/tcp_warming"], &samples[..]].concat());
     assert_eq!(fake.connections(), 1);
-}
-
-trait Reconfigured {
-    fn reconfigured(self, fake: &Fake) -> Self;
-}
-
-impl Reconfigured for Cerebras {
-    /// The same, with a connection in advance.
-    fn reconfigured(self, fake: &Fake) -> Self {
-        let options = CerebrasOptions {
-            url: fake.url.clone(),
-            model: "m".into(),
-            ..CerebrasOptions::default()
-        };
-        Self::new(options, None).unwrap()
-    }
 }
 
 #[tokio::test]

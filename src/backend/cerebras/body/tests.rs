@@ -264,6 +264,7 @@ fn other_services_get_what_they_know() {
         max_tokens_key: MaxTokensKey::MaxTokens,
         reasoning_key: ReasoningKey::None,
         cache_key: false,
+        developer_role: false,
         top_k: TopK::Send,
         ..options()
     };
@@ -271,17 +272,20 @@ fn other_services_get_what_they_know() {
         top_k: Some(4),
         ..Settings::default()
     };
-    let messages = vec![message(
-        r#"{"role":"assistant","content":"ho""#,
-        Some("\"hm\""),
-    )];
+    let messages = vec![
+        message(r#"{"role":"developer","content":"hi""#, None),
+        message(r#"{"role":"assistant","content":"ho""#, Some("\"hm\"")),
+    ];
     let mut prompt = prompt(settings, messages);
     let sent = value(&parts(&options, &Written::new(), &prompt).unwrap());
     assert_eq!(
         sent,
         json!({
             "model": "m", "stream": true, "stream_options": {"include_usage": true},
-            "max_tokens": 100, "top_k": 4, "messages": [{"role": "assistant", "content": "ho"}],
+            "max_tokens": 100, "top_k": 4, "messages": [
+                {"role": "system", "content": "hi"},
+                {"role": "assistant", "content": "ho"},
+            ],
         })
     );
     let refuses = CerebrasOptions {
