@@ -87,6 +87,17 @@ pub enum Dialect {
     Vllm,
 }
 
+impl Dialect {
+    /// The fields that it has beyond OpenAI's.
+    fn own_fields(self) -> &'static [&'static str] {
+        match self {
+            Self::Cerebras => &["clear_thinking", "reasoning_format", "return_raw_tokens"],
+            Self::OpenAi => &[],
+            Self::Vllm => &["cache_salt", "return_token_ids", "stop_token_ids"],
+        }
+    }
+}
+
 /// What is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -187,9 +198,7 @@ const EXTRA_FIELDS_MAX: usize = 64;
 const EXTRA_BYTES_MAX: usize = 65_536;
 
 /// Fields of a request that have their own settings, or come from the conversation.
-const OWN_FIELDS: [&str; 28] = [
-    "cache_salt",
-    "clear_thinking",
+const OWN_FIELDS: [&str; 22] = [
     "frequency_penalty",
     "logit_bias",
     "max_completion_tokens",
@@ -202,14 +211,10 @@ const OWN_FIELDS: [&str; 28] = [
     "prompt",
     "prompt_cache_key",
     "reasoning_effort",
-    "reasoning_format",
     "response_format",
-    "return_raw_tokens",
-    "return_token_ids",
     "seed",
     "service_tier",
     "stop",
-    "stop_token_ids",
     "stream",
     "stream_options",
     "temperature",
@@ -294,8 +299,11 @@ impl CerebrasOptions {
     }
 
     fn check_extra(&self) -> Result<(), CerebrasError> {
-        let own = |key: &&String| OWN_FIELDS.contains(&key.as_str()) || *key == "top_k";
-        if let Some(key) = self.extra.keys().find(own) {
+        let own = |key: &str| match key {
+            "top_k" => self.top_k != TopK::Ignore,
+            key => OWN_FIELDS.contains(&key) || self.dialect.own_fields().contains(&key),
+        };
+        if let Some(key) = self.extra.keys().find(|key| own(key)) {
             return fail("extra", format!("{key} is set elsewhere"));
         }
         ensure(self.extra.len() <= EXTRA_FIELDS_MAX, "extra", || {
@@ -416,6 +424,9 @@ mod tests {
         options.check().unwrap();
         let text = toml::to_string(&options).unwrap();
         assert_eq!(toml::from_str::<CerebrasOptions>(&text).unwrap(), options);
+        parsed("dialect = \"openai\"\nextra = { reasoning_format = \"raw\" }")
+            .check()
+            .unwrap();
         assert!(toml::from_str::<CerebrasOptions>("modle = \"m\"").is_err());
         assert!(CerebrasOptions::default().check().is_err());
     }
@@ -442,6 +453,10 @@ mod tests {
             (
                 "extra = { messages = [] }",
                 "extra: messages is set elsewhere",
+            ),
+            (
+                "extra = { reasoning_format = \"raw\" }",
+                "extra: reasoning_format is set elsewhere",
             ),
             (
                 "headers = { Authorization = \"x\" }",

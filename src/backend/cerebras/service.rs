@@ -188,14 +188,12 @@ impl Service {
                 Ok(response) => return Ok(response),
                 Err(error) => error.without_url(),
             };
-            tracing::debug!(
-                error = &error as &dyn Error,
-                again,
-                "the request was not answered"
-            );
+            let why = &error as &dyn Error;
             if error.is_timeout() || error.is_connect() {
+                tracing::warn!(error = why, "no connection to the service can be made");
                 return Err(unavailable("no connection can be made"));
             }
+            tracing::debug!(error = why, again, "the request was not answered");
             if !again {
                 return Err(unavailable("the connection broke before an answer"));
             }
