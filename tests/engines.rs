@@ -3,6 +3,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::wildcard_enum_match_arm,
     unreachable_pub,
     reason = "a conversation that cannot go on should panic"
 )]

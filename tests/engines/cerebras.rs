@@ -3,6 +3,8 @@
 
 #[path = "cerebras/answers.rs"]
 mod answers;
+#[path = "cerebras/conversation.rs"]
+mod conversation;
 #[path = "cerebras/failures.rs"]
 mod failures;
 #[path = "cerebras/fake.rs"]

@@ -295,3 +295,20 @@ async fn no_token_comes_behind_an_end_token_or_the_most_that_were_asked_for() {
     let (ids, last) = sampled_tokens(&fake, "").await;
     assert_eq!((ids.len(), last), (100, end(SampleEnd::Length)));
 }
+
+#[tokio::test]
+async fn a_long_prompt_that_comes_back_with_the_first_event_is_no_long_event() {
+    let ids = vec![100_000; 200_000];
+    let first = json!({"choices": [{"index": 0, "token_ids": [], "prompt_token_ids": ids}]});
+    assert!(first.to_string().len() > 1 << 20);
+    let second = json!({"choices": [{"index": 0, "token_ids": [5], "finish_reason": "length"}]});
+    let fake = Fake::new([play([first, second])]).await;
+    let backend = backend(&fake, "prompt = \"tokens\"\ndialect = \"vllm\"");
+    let prompt = Prompt {
+        tokens: rope(&ids),
+        ..tokens()
+    };
+    let chunks = sampled(&backend, prompt).await;
+    let ids = chunks.into_iter().flat_map(|chunk| chunk.unwrap().tokens);
+    assert_eq!(ids.collect::<Vec<u32>>(), [5]);
+}

@@ -1,3 +1,5 @@
+use proptest::{collection::vec, prelude::*};
+
 use super::*;
 use crate::backend::cerebras::wire::FunctionDelta;
 
@@ -181,4 +183,43 @@ fn what_waits_is_bounded() {
         many.call(delta).err().map(|_| index)
     });
     assert_eq!(refused, Some(128));
+}
+
+proptest! {
+    /// Whoever's turn it is: the calls come whole, in the order in which they began, and in the form
+    /// that a parser promises.
+    #[test]
+    fn calls_in_any_turns_come_one_after_the_other(turns in vec(0u32..3, 0..150), holds: bool) {
+        let texts = ["{\"a\": [1, {\"b\": \"}\\\"\"}]}", "{}", " {\"é\": \"\\\\\"} \n"];
+        let mut rest = texts.map(str::chars);
+        let mut play = Play::new(holds);
+        let mut told = Vec::new();
+        let mut begun = Vec::new();
+        for index in turns.into_iter().chain((0..3).flat_map(|index| [index; 40])) {
+            let name = if begun.contains(&index) { "" } else { "a" };
+            let Some(piece) = rest[index as usize].next() else {
+                continue;
+            };
+            if !name.is_empty() {
+                begun.push(index);
+            }
+            told.extend(play.call(index, "", name, &piece.to_string()));
+        }
+        told.extend(play.finish(true));
+        let mut expected = Vec::new();
+        for index in begun {
+            let whole = texts[index as usize].trim();
+            expected.extend([begin("a"), arguments(whole), end(whole)]);
+        }
+        let joined = told.into_iter().fold(Vec::new(), |mut joined: Vec<Parsed>, next| {
+            match (joined.last_mut(), &next) {
+                (Some(Parsed::CallArguments(text)), Parsed::CallArguments(more)) => {
+                    text.push_str(more);
+                }
+                _ => joined.push(next),
+            }
+            joined
+        });
+        prop_assert_eq!(joined, expected);
+    }
 }
