@@ -1,8 +1,8 @@
 //! The events of an answer into chunks.
 //!
 //! ```text
-//!   Running ── finish_reason ──▶ Ending ── usage, [DONE], the end of the body ──▶ over
-//!      └────────── an end token, or as many as were asked for, and more come ───────▲
+//!   Running ── finish_reason, an end token, the last ──▶ Ending ── usage, [DONE], the end ──▶ Over
+//!              token that was asked for                     └───── one more token ──────────▶ Cut
 //! ```
 //!
 //! Why the answer ended is told last, with what it cost, which may come behind it.
@@ -32,8 +32,6 @@ enum Form {
         /// How many more may come.
         left: u32,
         end_tokens: Arc<[u32]>,
-        /// One of these came: no token behind it counts.
-        ended: bool,
         some: bool,
     },
 }
@@ -44,6 +42,8 @@ enum Stage {
     /// It is known why it ends; its usage may still come.
     Ending(SampleEnd),
     Over(SampleEnd),
+    /// The service goes on, and is to stop.
+    Cut(SampleEnd),
 }
 
 impl Answer {
@@ -57,7 +57,6 @@ impl Answer {
         Self::new(Form::Tokens {
             left: max_tokens,
             end_tokens,
-            ended: false,
             some: false,
         })
     }
@@ -73,7 +72,7 @@ impl Answer {
     /// Whether nothing more is needed.
     pub(super) fn is_over(&self) -> bool {
         match self.stage {
-            Stage::Over(_) => true,
+            Stage::Over(_) | Stage::Cut(_) => true,
             Stage::Running | Stage::Ending(_) => false,
         }
     }
@@ -81,8 +80,16 @@ impl Answer {
     /// Whether the model has said all.
     pub(super) fn is_ending(&self) -> bool {
         match self.stage {
-            Stage::Ending(_) | Stage::Over(_) => true,
+            Stage::Ending(_) | Stage::Over(_) | Stage::Cut(_) => true,
             Stage::Running => false,
+        }
+    }
+
+    /// Whether the service would go on.
+    pub(super) fn is_cut(&self) -> bool {
+        match self.stage {
+            Stage::Cut(_) => true,
+            Stage::Running | Stage::Ending(_) | Stage::Over(_) => false,
         }
     }
 
@@ -150,7 +157,6 @@ impl Answer {
             Form::Tokens {
                 left,
                 end_tokens,
-                ended,
                 some,
             } => {
                 let ids = [choice.tokens, choice.token_ids, delta.tokens.take()];
@@ -160,19 +166,18 @@ impl Answer {
                     return Err(failed("the service tells text and no tokens"));
                 }
                 for id in ids.unwrap_or_default() {
-                    *some = true;
-                    if *ended || *left == 0 {
-                        let end = if *ended {
-                            SampleEnd::Stop
-                        } else {
-                            SampleEnd::Length
-                        };
-                        self.stage = Stage::Over(end);
+                    if let Stage::Ending(end) = self.stage {
+                        self.stage = Stage::Cut(end);
                         return Ok(());
                     }
+                    *some = true;
                     *left -= 1;
-                    *ended = end_tokens.contains(&id);
                     chunk.tokens.push(id);
+                    if end_tokens.contains(&id) {
+                        self.stage = Stage::Ending(SampleEnd::Stop);
+                    } else if *left == 0 {
+                        self.stage = Stage::Ending(SampleEnd::Length);
+                    }
                 }
             }
         }
@@ -180,42 +185,26 @@ impl Answer {
             && !reason.is_empty()
             && self.stage == Stage::Running
         {
-            self.stage = Stage::Ending(self.end_for(&reason)?);
+            self.stage = Stage::Ending(end_for(&reason)?);
         }
         Ok(())
-    }
-
-    fn end_for(&self, reason: &str) -> Result<SampleEnd, BackendError> {
-        let stopped = match &self.form {
-            Form::Tokens { ended, .. } => *ended,
-            Form::Messages(_) => false,
-        };
-        match reason {
-            "length" if stopped => Ok(SampleEnd::Stop),
-            "stop" | "tool_calls" | "function_call" | "eos" => Ok(SampleEnd::Stop),
-            "length" => Ok(SampleEnd::Length),
-            "content_filter" => Ok(SampleEnd::ContentFilter),
-            other => Err(failed(format!(
-                "the answer ended for the reason {}",
-                word_of(other)
-            ))),
-        }
     }
 
     /// No event comes any more.
     pub(super) fn close(&mut self) -> Result<(), BackendError> {
         match self.stage {
-            Stage::Ending(end) | Stage::Over(end) => {
+            Stage::Ending(end) => {
                 self.stage = Stage::Over(end);
                 Ok(())
             }
+            Stage::Over(_) | Stage::Cut(_) => Ok(()),
             Stage::Running => Err(failed("the answer ended without a reason")),
         }
     }
 
     /// Puts the end into the last chunk.
     pub(super) fn finish(&mut self, chunk: &mut Chunk) {
-        let Stage::Over(end) = self.stage else {
+        let (Stage::Over(end) | Stage::Cut(end)) = self.stage else {
             return;
         };
         chunk.finish = Some(end);
@@ -250,6 +239,18 @@ fn said(
         assembler.call(call)?;
     }
     assembler.drain(out)
+}
+
+fn end_for(reason: &str) -> Result<SampleEnd, BackendError> {
+    match reason {
+        "stop" | "tool_calls" | "function_call" | "eos" => Ok(SampleEnd::Stop),
+        "length" => Ok(SampleEnd::Length),
+        "content_filter" => Ok(SampleEnd::ContentFilter),
+        other => Err(failed(format!(
+            "the answer ended for the reason {}",
+            word_of(other)
+        ))),
+    }
 }
 
 fn error_event(event: &Event) -> BackendError {

@@ -301,7 +301,9 @@ impl Reading {
             let parsed = self.parse(&mut chunk);
             if parsed.is_ok() && self.answer.is_over() {
                 self.answer.finish(&mut chunk);
-                tokio::spawn(rest(self.response));
+                if !self.answer.is_cut() {
+                    tokio::spawn(rest(self.response));
+                }
                 return Ok(Next::Last(chunk));
             }
             let empty = chunk.tokens.is_empty() && chunk.told.is_none();

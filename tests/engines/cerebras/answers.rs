@@ -294,6 +294,18 @@ async fn no_token_comes_behind_an_end_token_or_the_most_that_were_asked_for() {
     let fake = Fake::new([play([tokens(vec![5; 99]), tokens(vec![6; 99])])]).await;
     let (ids, last) = sampled_tokens(&fake, "").await;
     assert_eq!((ids.len(), last), (100, end(SampleEnd::Length)));
+
+    // The service that goes on is stopped, and one that says no more is not waited for.
+    let mut steps = events([tokens(vec![9]), tokens(vec![5])]);
+    steps.push(Step::Hang);
+    let fake = Fake::new([Play::Events(steps)]).await;
+    let ended = (vec![9], end(SampleEnd::Stop));
+    assert_eq!(sampled_tokens(&fake, "").await, ended);
+    fake.answer_dropped().await;
+    let mut steps = events([tokens(vec![9])]);
+    steps.push(Step::Hang);
+    let fake = Fake::new([Play::Events(steps)]).await;
+    assert_eq!(sampled_tokens(&fake, "").await, ended);
 }
 
 #[tokio::test]
