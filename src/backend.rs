@@ -2,8 +2,10 @@
 //!
 //! A [`Backend`] is handed a [`Prompt`], exact tokens on the shared ledger, and answers with a
 //! stream of [`Chunk`]s. Dropping the stream cancels the sample. The router is a backend made of
-//! backends; `sim` plays scripts; `local` runs a model in this process.
+//! backends; `sim` plays scripts; `local` runs a model in this process; `gpu` reaches engines over gRPC, `cerebras`
+//! services over HTTP.
 
+pub mod cerebras;
 pub mod gpu;
 pub mod router;
 pub mod sim;

@@ -19,7 +19,12 @@ use std::{
 
 use crate::{
     auth::{self, Gate, GateError, Keys, KeysError},
-    backend::{DeviceChoice, gpu::GpuOptions, router::RoutingOptions},
+    backend::{
+        DeviceChoice,
+        cerebras::{CerebrasOptions, PromptForm},
+        gpu::GpuOptions,
+        router::RoutingOptions,
+    },
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -348,6 +353,9 @@ pub struct Model {
     /// Engines that are reached over gRPC.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpu: Vec<GpuOptions>,
+    /// Services that are reached over HTTP.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cerebras: Vec<CerebrasOptions>,
 }
 
 /// A model in this process.
@@ -421,13 +429,22 @@ impl Model {
             local: None,
             sim: None,
             gpu: Vec::new(),
+            cerebras: Vec::new(),
         }
     }
 
     /// The environment variables that hold the keys of its engines.
     fn key_variables(&self) -> Vec<String> {
         let gpu = self.gpu.iter().map(|it| &it.key_variable);
-        gpu.filter(|name| !name.is_empty()).cloned().collect()
+        let cerebras = self.cerebras.iter().map(|it| &it.key_variable);
+        let all = gpu.chain(cerebras);
+        all.filter(|name| !name.is_empty()).cloned().collect()
+    }
+
+    /// Whether something that samples from it takes tokens, so that they must be the model's own.
+    pub(crate) fn takes_tokens(&self) -> bool {
+        let tokens = |it: &CerebrasOptions| it.prompt == PromptForm::Tokens;
+        !self.gpu.is_empty() || self.local.is_some() || self.cerebras.iter().any(tokens)
     }
 
     /// What samples from it, for people.
@@ -437,6 +454,7 @@ impl Model {
             ("local", usize::from(self.local.is_some())),
             ("sim", usize::from(self.sim.is_some())),
             ("gpu", self.gpu.len()),
+            ("cerebras", self.cerebras.len()),
         ];
         let named = named.into_iter().filter(|(_, count)| *count > 0);
         let named = named.map(|(kind, count)| match count {

@@ -353,11 +353,14 @@ impl Model {
     #[must_use]
     pub fn abilities(&self) -> Abilities {
         let template = &self.artifacts.template;
+        let backend = self.backend.capabilities();
         Abilities {
-            backend: self.backend.capabilities(),
-            reasoning_effort: template.mentions("enable_thinking")
+            // What renders by itself knows both, or refuses.
+            tools: backend.reads_messages || template.mentions("tools"),
+            reasoning_effort: backend.reads_messages
+                || template.mentions("enable_thinking")
                 || template.mentions("reasoning_effort"),
-            tools: template.mentions("tools"),
+            backend,
             vocab_size: u32::try_from(self.artifacts.tokenizer.vocab_size()).unwrap_or(u32::MAX),
             output_tokens_max: self.output_tokens_max,
         }
@@ -460,10 +463,13 @@ impl Models {
         self.current.read().by_name.values().cloned().collect()
     }
 
-    /// The other names, each with what it stands for.
+    /// The other names that may stand for this model.
     #[must_use]
-    pub fn aliases(&self) -> BTreeMap<Arc<str>, Split> {
-        self.current.read().aliases.clone()
+    pub fn aliases_of(&self, name: &str) -> Vec<String> {
+        let current = self.current.read();
+        let named = |split: &Split| split.iter().any(|(model, _)| &**model == name);
+        let aliases = current.aliases.iter().filter(|(_, split)| named(split));
+        aliases.map(|(alias, _)| alias.to_string()).collect()
     }
 
     /// Whether a create without a model gets this one.

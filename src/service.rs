@@ -16,6 +16,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use crate::{
     archive::Archive,
     auth::Principal,
+    backend::router::{BreakerState, ReplicaStatus},
     drain::Drain,
     item::{Item, ResponseId},
     ledger::Source,
@@ -369,7 +370,8 @@ impl ResponsesService for Services {
             .await?;
         let request = request.into_inner();
         // Linear in the history, and no part of any loop.
-        let shown = tokio::task::spawn_blocking(move || prompt(&found, &request)).await;
+        let models = self.parts.models.clone();
+        let shown = tokio::task::spawn_blocking(move || prompt(&models, &found, &request)).await;
         let shown =
             shown.map_err(|_| refusal(Code::Internal, "INTERNAL", "the prompt cannot be shown"))?;
         Ok(Response::new(shown?))
@@ -425,11 +427,36 @@ fn model_message(models: &Models, model: &Model) -> pb::Model {
         appends_user_messages: appends.user_messages,
         healthy: model.backend.healthy(),
         parameters: model.parameters,
+        renders_elsewhere: abilities.backend.reads_messages,
+        aliases: models.aliases_of(&model.name),
+        fallback: model.fallback.as_deref().unwrap_or_default().to_owned(),
+        replicas: model
+            .replicas
+            .iter()
+            .flat_map(|router| router.replicas())
+            .map(replica_message)
+            .collect(),
+    }
+}
+
+fn replica_message(replica: ReplicaStatus) -> pb::Replica {
+    pb::Replica {
+        backend: replica.kind.to_owned(),
+        healthy: replica.healthy,
+        breaker: match replica.breaker {
+            BreakerState::Closed => pb::BreakerState::Closed,
+            BreakerState::Open => pb::BreakerState::Open,
+            BreakerState::HalfOpen => pb::BreakerState::HalfOpen,
+        }
+        .into(),
+        in_flight: replica.in_flight,
+        failures: replica.failures,
     }
 }
 
 /// What the model saw: tokens, their text, and where they came from.
 fn prompt(
+    models: &Models,
     response: &Committed,
     request: &pb::GetPromptRequest,
 ) -> Result<pb::GetPromptResponse, Status> {
@@ -473,6 +500,9 @@ fn prompt(
         spans,
         total_tokens: u32::try_from(total).unwrap_or(u32::MAX),
         fingerprint: wire::hex(&crate::ledger::fingerprint(&tokens[..total])),
+        rendered_elsewhere: models
+            .named(&response.model)
+            .is_some_and(|model| model.backend.capabilities().reads_messages),
     })
 }
 

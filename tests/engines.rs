@@ -1,4 +1,4 @@
-//! Backends that are reached over a network, against engines that the tests play.
+//! Backends that are reached over a network, each against a server that plays its engine.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,6 +17,8 @@ mod program;
 #[path = "engines/tape.rs"]
 mod tape;
 
+#[path = "engines/cerebras.rs"]
+mod cerebras;
 #[path = "engines/gpu.rs"]
 mod gpu;
 #[cfg(feature = "local")]

@@ -4,6 +4,8 @@ use std::ops::RangeInclusive;
 
 use tracing_subscriber::EnvFilter;
 
+use crate::backend::cerebras::CerebrasOptions;
+
 use super::{Alias, Config, ConfigError, Model, Sim};
 
 const NAME_CHARACTERS_MAX: usize = 128;
@@ -124,7 +126,19 @@ impl Config {
                 return Err(format!("gpu[{index}].url is that of one before it"));
             }
         }
-        if !model.gpu.is_empty() && model.path.is_none() {
+        for (index, service) in model.cerebras.iter().enumerate() {
+            let place = format!("cerebras[{index}]");
+            service
+                .check()
+                .map_err(|error| format!("{place}.{error}"))?;
+            let earlier = &model.cerebras[..index];
+            let same =
+                |it: &CerebrasOptions| (&it.url, &it.model) == (&service.url, &service.model);
+            if earlier.iter().any(same) {
+                return Err(format!("{place}: url and model are those of one before it"));
+            }
+        }
+        if model.takes_tokens() && model.local.is_none() && model.path.is_none() {
             return Err("path is missing: the directory of the tokenizer and template".to_owned());
         }
         // Who takes over, and who after that one: each at most once.

@@ -6,6 +6,7 @@ use super::ServeError;
 use crate::{
     backend::{
         Backend,
+        cerebras::{ApiKey, Cerebras, CerebrasOptions},
         gpu::{Gpu, GpuError, GpuOptions},
         router::{Replica, Router, RoutingOptions},
         sim::{Pace, Sim},
@@ -18,6 +19,9 @@ use crate::{
 
 /// The context of a simulated model that is not told another.
 const SIM_CONTEXT_LENGTH: u32 = 1 << 20;
+
+/// The context of a model that is rendered elsewhere and is not told another.
+const CHAT_CONTEXT_LENGTH: u32 = 131_072;
 
 /// Loads models, and keeps what it has loaded for as long as its settings stay the same.
 pub(super) struct Loader {
@@ -188,7 +192,10 @@ async fn samplers(
 ) -> Result<Vec<Sampler>, String> {
     let mut all = Vec::new();
     for options in &model.gpu {
-        all.push(gpu(config, options, artifacts).await?);
+        all.push(gpu(config, model, options, artifacts).await?);
+    }
+    for options in &model.cerebras {
+        all.push(cerebras(config, model, options, artifacts)?);
     }
     if let Some(settings) = &model.local {
         let bytes = settings.cache_bytes_max;
@@ -199,6 +206,29 @@ async fn samplers(
         all.push(sim(settings, artifacts)?);
     }
     Ok(all)
+}
+
+/// A service. What it counts is its own affair where it renders by itself: then the context that it is
+/// said to have is held against an estimate.
+fn cerebras(
+    config: &Config,
+    model: &config::Model,
+    options: &CerebrasOptions,
+    artifacts: &Artifacts,
+) -> Result<Sampler, String> {
+    let key = config.secrets.get(&options.key_variable).map(ApiKey::new);
+    let key = key.transpose().map_err(|error| error.to_string())?;
+    let service = Cerebras::new(options.clone(), key).map_err(|error| error.to_string())?;
+    let own = artifacts.context_length.filter(|_| model.path.is_some());
+    let context_length = own.or(model.context_length).unwrap_or(CHAT_CONTEXT_LENGTH);
+    Ok(Sampler {
+        name: format!("{} {}", options.url, options.model),
+        weight: options.weight,
+        backend: Arc::new(service),
+        engine: None,
+        context_length,
+        parameters: 0,
+    })
 }
 
 fn sim(settings: &config::Sim, artifacts: &Arc<Artifacts>) -> Result<Sampler, String> {
@@ -227,6 +257,7 @@ fn sim(settings: &config::Sim, artifacts: &Arc<Artifacts>) -> Result<Sampler, St
 /// An engine. One that cannot be reached yet is no reason not to start: others may be there.
 async fn gpu(
     config: &Config,
+    model: &config::Model,
     options: &GpuOptions,
     artifacts: &Arc<Artifacts>,
 ) -> Result<Sampler, String> {
@@ -241,7 +272,8 @@ async fn gpu(
         }
         Err(error) => return Err(error.to_string()),
     };
-    let context_length = told.into_iter().chain(artifacts.context_length).min();
+    let own = told.into_iter().chain(artifacts.context_length).min();
+    let context_length = own.or(model.context_length);
     Ok(Sampler {
         name: options.url.clone(),
         weight: options.weight,

@@ -267,7 +267,6 @@ async fn constraints_hold(client: &Client) {
                 name: "fruit".into(),
                 schema: schema.into(),
                 strict: true,
-                ..Default::default()
             })),
         }),
         input: vec![user("How many apples?")],
