@@ -27,6 +27,9 @@ use tokio::net::{TcpListener, TcpStream};
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
+/// The engine is gone: so is the connection to the proxy.
+type Broken = Box<dyn std::error::Error + Send + Sync>;
+
 /// One call.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Exchange {
@@ -86,15 +89,19 @@ impl Tape {
         let tape = self.clone();
         serve(move |request| {
             let tape = tape.clone();
-            async move { tape.answer(request).await }
+            async move { Ok(tape.answer(request).await) }
         })
         .await
     }
 
-    async fn pass_on(self, engine: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+    async fn pass_on(
+        self,
+        engine: SocketAddr,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, Broken> {
         let path = request.uri().path().to_owned();
         let (parts, body) = request.into_parts();
-        let message = body.collect().await.unwrap().to_bytes();
+        let message = body.collect().await?.to_bytes();
         let index = {
             let mut exchanges = self.0.lock().unwrap();
             exchanges.push(Exchange {
@@ -105,15 +112,13 @@ impl Tape {
             });
             exchanges.len() - 1
         };
-        let socket = TokioIo::new(TcpStream::connect(engine).await.unwrap());
+        let socket = TokioIo::new(TcpStream::connect(engine).await?);
         let (mut client, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), socket)
-                .await
-                .unwrap();
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), socket).await?;
         tokio::spawn(connection);
         let body = http_body_util::Full::new(message);
         let answer = client.send_request(Request::from_parts(parts, body)).await;
-        let (parts, body) = answer.unwrap().into_parts();
+        let (parts, body) = answer?.into_parts();
         if let Some(status) = status(&parts.headers) {
             self.0.lock().unwrap()[index].status = Some(status);
         }
@@ -129,7 +134,8 @@ impl Tape {
             }
             Ok::<_, Infallible>(frame)
         });
-        Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(kept)))
+        let body = BodyExt::boxed_unsync(StreamBody::new(kept));
+        Ok(Response::from_parts(parts, body))
     }
 
     async fn answer(self, request: Request<Incoming>) -> Response<Body> {
@@ -191,17 +197,14 @@ impl Tape {
 async fn serve<F, A>(answer: F) -> SocketAddr
 where
     F: Fn(Request<Incoming>) -> A + Clone + Send + Sync + 'static,
-    A: Future<Output = Response<Body>> + Send + 'static,
+    A: Future<Output = Result<Response<Body>, Broken>> + Send + 'static,
 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
             let answer = answer.clone();
-            let service = service_fn(move |request| {
-                let answer = answer(request);
-                async move { Ok::<_, Infallible>(answer.await) }
-            });
+            let service = service_fn(answer);
             let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
             tokio::spawn(server.serve_connection(TokioIo::new(socket), service));
         }
