@@ -1,7 +1,9 @@
 //! The time to the first token by the step of a rollout, through a real engine: over hotloop, which keeps the
 //! conversation and sends tokens, and statelessly to the chat endpoint of the very same engine, which is sent, parses,
 //! renders and tokenises the whole conversation each time. The two take turns, step by step, so that what else the machine
-//! does hits both. Each has the engine's prefix cache to itself, since hotloop's share of it is salted.
+//! does hits both. Each step adds little to a history that has grown by much since the one before, so that the engine's own work is small
+//! beside what is around it. A third path sends the very tokens straight to the engine: what a step takes longer than that is what lies around the
+//! engine. Each has the engine's prefix cache to itself, since the others' shares of it are salted.
 //!
 //! `tests/vllm/ttft.sh` starts a vLLM and runs it. Alone it needs an engine:
 //!
@@ -28,21 +30,22 @@ use clap::Parser;
 use futures::StreamExt as _;
 use hotloop::{
     proto::{
-        ConnectRequest, Create, Item, connect_request, connect_response::Event, item,
-        responses_service_client::ResponsesServiceClient,
+        ConnectRequest, Create, GetPromptRequest, Item, connect_request, connect_response::Event,
+        item, responses_service_client::ResponsesServiceClient,
     },
     tokenizer::Tokenizer,
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use vllm_proto::{generate_request, inference_client::InferenceClient};
 
 mod support;
 #[path = "../tests/support/tiny_llama.rs"]
 mod tiny_llama;
 
 use support::{
-    report::{Plot, Report, percentile, points},
+    report::{Plot, Report, percentile, points, row},
     text::Texts,
 };
 use tiny_llama::{Family, Size, TinyLlama};
@@ -73,8 +76,11 @@ struct Options {
     /// Steps of a rollout.
     #[arg(long, default_value_t = 30)]
     steps: usize,
+    /// Tokens that the history grows by before each step, by a sample that is not timed.
+    #[arg(long, default_value_t = 850)]
+    bulk_tokens: usize,
     /// New tokens of each step.
-    #[arg(long, default_value_t = 900)]
+    #[arg(long, default_value_t = 50)]
     new_tokens: usize,
     /// Rollouts of each kind.
     #[arg(long, default_value_t = 5)]
@@ -100,10 +106,10 @@ fn main() {
     runtime.block_on(run(&options, model, grpc, http));
 }
 
-/// The tokenizer and template of the built-in model, with weights of no meaning and a long context.
+/// A tokenizer and template of the usual kind, with weights of no meaning and a long context.
 fn write_model(directory: &Path) {
     fs::create_dir_all(directory).unwrap();
-    let text_side = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny-agent");
+    let text_side = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/sim");
     for file in ["tokenizer.json", "chat_template.jinja"] {
         fs::copy(text_side.join(file), directory.join(file)).unwrap();
     }
@@ -127,6 +133,15 @@ fn tokenizer(model: &Path) -> Tokenizer {
     Tokenizer::from_json(&fs::read(model.join("tokenizer.json")).unwrap()).unwrap()
 }
 
+/// Which conversation takes its step.
+enum Way {
+    Hotloop,
+    Stateless,
+}
+
+/// Before each step, as an agent has it while its tool runs: an engine that has just worked answers sooner.
+const PAUSE: Duration = Duration::from_millis(30);
+
 /// How many tokens an answer has. All of them are the same word, by a bias.
 const ANSWER_TOKENS: u32 = 8;
 
@@ -139,51 +154,113 @@ async fn run(options: &Options, model: &Path, grpc: &str, http: &str) {
         .expect("the vocabulary has no word for the answers");
     let server = Hotloop::start(model, grpc);
     let mut report = Report::new("engine");
-    let (mut over_hotloop, mut stateless) = (Vec::new(), Vec::new());
+    let mut taken: Vec<(&str, usize, Taken)> = Vec::new();
     // The first one of each warms up.
     for rollout in 0..=options.rollouts {
         let mut texts = Texts::new(rollout);
         let mut held = Held::open(&server.address, word).await;
         let mut sent = Stateless::new(http, model, word);
-        for step in 0..options.steps {
-            let text = text_of(&tokens, &mut texts, options.new_tokens);
-            let ours = held.step(&text).await;
-            let theirs = sent.step(&text).await;
+        let mut bare = Bare::new(grpc, word).await;
+        let texts: Vec<[String; 2]> = (0..options.steps)
+            .map(|_| {
+                [options.bulk_tokens, options.new_tokens]
+                    .map(|count| text_of(&tokens, &mut texts, count))
+            })
+            .collect();
+        for (step, [bulk, text]) in texts.iter().enumerate() {
+            if options.bulk_tokens > 0 {
+                held.step(bulk).await;
+                sent.step(bulk).await;
+                bare.step(held.prompt().await, rollout).await;
+            }
+            let (mut ours, mut theirs) = (None, None);
+            // Neither always comes first.
+            let order = match (rollout as usize + step) % 2 {
+                0 => [Way::Hotloop, Way::Stateless],
+                _ => [Way::Stateless, Way::Hotloop],
+            };
+            for path in order {
+                tokio::time::sleep(PAUSE).await;
+                match path {
+                    Way::Hotloop => ours = Some(held.step(text).await),
+                    Way::Stateless => theirs = Some(sent.step(text).await),
+                }
+            }
+            let prompt = held.prompt().await;
+            tokio::time::sleep(PAUSE).await;
+            let alone = bare.step(prompt, rollout).await;
             if rollout > 0 {
-                over_hotloop.push((step, ours));
-                stateless.push((step, theirs));
+                let paths = [
+                    ("hotloop", ours),
+                    ("stateless", theirs),
+                    ("bare", Some(alone)),
+                ];
+                let paths = paths.map(|(path, taken)| (path, step, taken.unwrap()));
+                taken.extend(paths);
             }
         }
         eprintln!("engine: rollout {rollout} of {}", options.rollouts);
     }
-    println!("step  new and past tokens  over hotloop p50  cached  stateless p50  ratio");
+    println!("time to the first token, p50 of {}, ms", options.rollouts);
+    println!("step  tokens  cached  the engine alone  over hotloop     added  stateless     added");
     for step in 0..options.steps {
-        let of = |all: &[(usize, Taken)]| -> Vec<Taken> {
-            let here = all.iter().filter(|(at, _)| *at == step);
-            here.map(|(_, taken)| *taken).collect()
+        let mut p50 = Vec::new();
+        for path in ["bare", "hotloop", "stateless"] {
+            let here = taken
+                .iter()
+                .filter(|(name, at, _)| (*name, *at) == (path, step));
+            let here: Vec<Taken> = here.map(|(.., taken)| *taken).collect();
+            let mut times: Vec<Duration> = here.iter().map(|it| it.first_token).collect();
+            p50.push(percentile(&mut times, 50).as_secs_f64() * 1e3);
+            report.push(row(
+                json!({
+                    "path": path, "step": step + 1, "tokens": here[0].tokens,
+                    "cached_tokens": here[0].cached,
+                }),
+                &mut times,
+            ));
+        }
+        let rows = report.rows();
+        let ours = &rows[rows.len() - 2];
+        println!(
+            "{:>4}  {:>6}  {:>6}  {:>16.1}  {:>12.1}  {:>8.1}  {:>9.1}  {:>8.1}",
+            step + 1,
+            ours["tokens"],
+            ours["cached_tokens"],
+            p50[0],
+            p50[1],
+            p50[1] - p50[0],
+            p50[2],
+            p50[2] - p50[0],
+        );
+    }
+    println!("\nadded to the engine alone, p50 of all steps of a tenth of the rollout, ms");
+    println!("steps     over hotloop  stateless");
+    let tenth = options.steps.div_ceil(10);
+    for first in (0..options.steps).step_by(tenth) {
+        let last = (first + tenth).min(options.steps);
+        let added = |path: &str| {
+            let of = |name: &str| -> Vec<f64> {
+                let here = taken
+                    .iter()
+                    .filter(|(it, step, _)| *it == name && (first..last).contains(step));
+                here.map(|(.., taken)| taken.first_token.as_secs_f64() * 1e3)
+                    .collect()
+            };
+            // Step by step: what the machine does else is the same for both.
+            let pairs = of(path).into_iter().zip(of("bare"));
+            let mut added: Vec<f64> = pairs.map(|(with, alone)| with - alone).collect();
+            added.sort_by(f64::total_cmp);
+            added[added.len() / 2]
         };
-        let (ours, theirs) = (of(&over_hotloop), of(&stateless));
-        let mut rows = Vec::new();
-        for (path, taken) in [("hotloop", &ours), ("stateless", &theirs)] {
-            let mut times: Vec<Duration> = taken.iter().map(|it| it.first_token).collect();
-            let micros =
-                |percent, times: &mut Vec<Duration>| percentile(times, percent).as_secs_f64() * 1e6;
-            rows.push(json!({
-                "path": path, "step": step + 1, "tokens": taken[0].tokens,
-                "cached_tokens": taken[0].cached, "n": times.len(),
-                "p50_us": micros(50, &mut times), "p90_us": micros(90, &mut times),
+        let (ours, theirs) = (added("hotloop"), added("stateless"));
+        println!("{:>2} to {last:>2}  {ours:>12.1}  {theirs:>9.1}", first + 1);
+        for (path, added) in [("hotloop", ours), ("stateless", theirs)] {
+            report.push(json!({
+                "path": path, "first_step": first + 1, "last_step": last,
+                "added_p50_us": (added * 1e3).round(),
             }));
         }
-        let p50 = |row: &Value| row["p50_us"].as_f64().unwrap() / 1e3;
-        let (here, there) = (p50(&rows[0]), p50(&rows[1]));
-        println!(
-            "{:>4}  {:>19}  {here:>13.1} ms  {:>6}  {there:>10.1} ms  {:>5.2}",
-            step + 1,
-            ours[0].tokens,
-            ours[0].cached,
-            there / here
-        );
-        rows.into_iter().for_each(|row| report.push(row));
     }
     let rows = report.rows();
     let line = |path: &str| points(rows, &[("path", path.into())], "step", "p50_us");
@@ -208,7 +285,7 @@ async fn run(options: &Options, model: &Path, grpc: &str, http: &str) {
 fn text_of(tokens: &Tokenizer, texts: &mut Texts, count: usize) -> String {
     let mut text = String::new();
     loop {
-        text += &texts.of(40);
+        text += &texts.of(20);
         text.push('\n');
         let mut encoded = hotloop::tokenizer::Encoded::default();
         tokens.encode(&text, false, &[], &mut encoded);
@@ -272,6 +349,7 @@ impl Hotloop {
 
 /// A conversation that hotloop keeps.
 struct Held {
+    client: ResponsesServiceClient<tonic::transport::Channel>,
     commands: mpsc::Sender<ConnectRequest>,
     events: tonic::Streaming<hotloop::proto::ConnectResponse>,
     previous: Option<String>,
@@ -290,10 +368,28 @@ impl Held {
         let (commands, outgoing) = mpsc::channel(4);
         let events = client.connect(ReceiverStream::new(outgoing)).await.unwrap();
         Self {
+            client,
             commands,
             events: events.into_inner(),
             previous: None,
             word,
+        }
+    }
+
+    /// The tokens of the last prompt.
+    async fn prompt(&mut self) -> Vec<u32> {
+        let mut ids = Vec::new();
+        loop {
+            let request = GetPromptRequest {
+                response_id: self.previous.clone().unwrap(),
+                first_token: u32::try_from(ids.len()).unwrap(),
+                ..Default::default()
+            };
+            let got = self.client.get_prompt(request).await.unwrap().into_inner();
+            ids.extend(got.token_ids);
+            if ids.len() == got.total_tokens as usize {
+                return ids;
+            }
         }
     }
 
@@ -342,6 +438,75 @@ impl Held {
                 Some(Event::Error(error)) => panic!("{error:?}"),
                 _ => {}
             }
+        }
+    }
+}
+
+/// The tokens alone, as the engine takes them.
+struct Bare {
+    client: InferenceClient<tonic::transport::Channel>,
+    word: u32,
+}
+
+impl Bare {
+    async fn new(grpc: &str, word: u32) -> Self {
+        let engine = tonic::transport::Endpoint::from_shared(format!("http://{grpc}")).unwrap();
+        Self {
+            client: InferenceClient::new(engine.connect().await.unwrap()),
+            word,
+        }
+    }
+
+    async fn step(&mut self, ids: Vec<u32>, rollout: u64) -> Taken {
+        let tokens = ids.len() as u64;
+        let request = vllm_proto::GenerateRequest {
+            request_id: format!("bare-{rollout}-{tokens}"),
+            prompt: Some(generate_request::Prompt::TokenIds(vllm_proto::TokenIds {
+                ids,
+            })),
+            temperature: Some(0.0),
+            decoding: Some(vllm_proto::DecodingParameters {
+                logit_bias: [(self.word, 100.0)].into(),
+                ..Default::default()
+            }),
+            stopping: Some(vllm_proto::StoppingCriteria {
+                max_new_tokens: ANSWER_TOKENS,
+                ..Default::default()
+            }),
+            response: Some(vllm_proto::ResponseOptions {
+                output_text: Some(false),
+                output_token_ids: true,
+                ..Default::default()
+            }),
+            kv: Some(vllm_proto::KvCacheParameters {
+                cache_salt: format!("bare-{rollout}"),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let begun = Instant::now();
+        let mut answer = self
+            .client
+            .generate_stream(request)
+            .await
+            .unwrap()
+            .into_inner();
+        let (mut first_token, mut cached) = (None, 0);
+        while let Some(message) = answer.message().await.unwrap() {
+            let Some(output) = message.outputs else {
+                continue;
+            };
+            if !output.token_ids.is_empty() {
+                first_token.get_or_insert_with(|| begun.elapsed());
+            }
+            if let Some(finish) = output.finish_info {
+                cached = finish.num_cached_tokens.unwrap_or(0).into();
+            }
+        }
+        Taken {
+            first_token: first_token.expect("it said nothing"),
+            tokens,
+            cached,
         }
     }
 }
