@@ -22,6 +22,7 @@ pub(super) struct Lark {
     /// The grammar.
     pub(super) text: String,
     /// The schemas in it.
+    #[cfg(feature = "local")]
     pub(super) schemas: Vec<Arc<str>>,
 }
 
@@ -43,11 +44,13 @@ impl Lark {
         let start = writer.expression(grammar)?;
         Ok(Self {
             text: format!("start: {start}\n{}", writer.rules),
+            #[cfg(feature = "local")]
             schemas: writer.schemas.into_keys().collect(),
         })
     }
 
     /// The grammar of this schema alone.
+    #[cfg(feature = "local")]
     pub(super) fn of_schema(schema: &Arc<str>) -> Result<String, Ungrammatical> {
         Ok(format!("start: %json {}", spaced(schema)?))
     }
