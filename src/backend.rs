@@ -20,6 +20,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::{Stream, future::BoxFuture};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     item::{Item, ResponseId, Tenant, TokenLogprob},
@@ -223,6 +224,32 @@ pub enum SampleEnd {
     Length,
     /// The engine's own monitor ended it.
     ContentFilter,
+}
+
+/// A name that says nothing of what it is made of: the same for the same, in 32 hexadecimal digits. What
+/// engines are told of tenants and conversations.
+fn opaque(what: &str, parts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(what);
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let hash: [u8; 32] = hash.finalize().into();
+    hash[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// The name of a prompt's tenant for engines: it keeps the tenants' shares of a cache apart.
+fn tenant_name(prompt: &Prompt) -> String {
+    opaque("tenant", &[prompt.tenant.as_str()])
+}
+
+/// The name of a prompt's conversation for engines.
+fn conversation_name(prompt: &Prompt) -> String {
+    opaque("conversation", &[prompt.tenant.as_str(), &prompt.affinity])
 }
 
 /// What a model in this process computes on.

@@ -32,7 +32,6 @@ use std::{
 use futures::{StreamExt as _, future::BoxFuture};
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use tokio::time::timeout;
 use tonic::{Code, Status};
 
@@ -590,24 +589,6 @@ impl Inner {
     fn next_id(&self, prompt: &Prompt) -> String {
         let number = self.samples.fetch_add(1, Ordering::Relaxed);
         format!("{}-{number}", prompt.response_id.as_str())
-    }
-
-    /// The names of the tenant and of the conversation for the engine, which need not know either.
-    fn names(&self, prompt: &Prompt) -> (String, String) {
-        let name = |parts: [&str; 2]| {
-            let mut hash = Sha256::new();
-            for part in parts {
-                hash.update((part.len() as u64).to_le_bytes());
-                hash.update(part);
-            }
-            let digest: [u8; 32] = hash.finalize().into();
-            digest[..16]
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect()
-        };
-        let tenant = prompt.tenant.as_str();
-        (name([tenant, ""]), name([tenant, &prompt.affinity]))
     }
 
     /// What the answer keeps to, in the engine's language.

@@ -255,6 +255,7 @@ fn nameless(path: &str, framed: &[u8]) -> String {
         let mut request = vllm_proto::GenerateRequest::decode(message).unwrap();
         request.request_id.clear();
         request.session_id = None;
+        request.kv = None;
         let bias = std::mem::take(&mut request.decoding.as_mut().unwrap().logit_bias);
         biases.extend(bias.iter().map(|(id, value)| format!(" {id}:{value}")));
         request.encode_to_vec()

@@ -6,14 +6,13 @@
 
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
-use sha2::{Digest as _, Sha256};
 
 use super::{
     BodyForm, CerebrasOptions, Dialect, MaxTokensKey, PromptForm, ReasoningKey, TopK,
     written::{Written, response_format},
 };
 use crate::{
-    backend::{BackendError, Chat, Prompt},
+    backend::{BackendError, Chat, Prompt, conversation_name, tenant_name},
     ledger::IdForm,
     request::{Settings, ToolChoice},
 };
@@ -155,11 +154,14 @@ fn chat_fields(
             let clear = options.keep_thinking.then_some(Value::Bool(false));
             set("clear_thinking", clear);
         }
-        Dialect::Vllm => set("cache_salt", Some(cache_salt(prompt).into())),
+        Dialect::Vllm => set("cache_salt", Some(tenant_name(prompt).into())),
         Dialect::OpenAi => {}
     }
     let key = options.cache_key && options.dialect != Dialect::Vllm;
-    set("prompt_cache_key", key.then(|| cache_key(prompt).into()));
+    set(
+        "prompt_cache_key",
+        key.then(|| conversation_name(prompt).into()),
+    );
     fields.extend(options.extra.clone());
     Ok(fields)
 }
@@ -190,7 +192,7 @@ fn completion_fields(
         Dialect::Vllm => {
             set("return_token_ids", Some(true.into()));
             set("stop_token_ids", Some(json!(*sampling.end_tokens)));
-            set("cache_salt", Some(cache_salt(prompt).into()));
+            set("cache_salt", Some(tenant_name(prompt).into()));
         }
         Dialect::Cerebras | Dialect::OpenAi => set("return_raw_tokens", Some(true.into())),
     }
@@ -249,28 +251,6 @@ fn number(value: f32) -> Value {
 /// Services take seeds of 63 bits.
 fn seed(seed: u64) -> Value {
     (seed & i64::MAX as u64).into()
-}
-
-/// Names the conversation to the service, without telling ids or tenants.
-fn cache_key(prompt: &Prompt) -> String {
-    hashed("conversation", &[prompt.tenant.as_str(), &prompt.affinity])
-}
-
-fn cache_salt(prompt: &Prompt) -> String {
-    hashed("tenant", &[prompt.tenant.as_str()])
-}
-
-fn hashed(what: &str, texts: &[&str]) -> String {
-    let mut hash = Sha256::new();
-    hash.update(what);
-    for text in texts {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text);
-    }
-    hash.finalize()[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }
 
 /// The fields as a JSON object, without the brace that closes it.

@@ -9,14 +9,10 @@ use super::{
     Constraint, Facts, Probe, Started,
     link::Link,
     proto::engine as pb,
-    sample::{self, Piece, whole},
+    sample::{self, whole},
     wire::Outgoing,
 };
-use crate::{
-    backend::{BackendError, Chunk, Prompt},
-    item::TokenLogprob,
-    ledger::IdForm,
-};
+use crate::{backend::Prompt, ledger::IdForm};
 
 pub(super) const GENERATE: &str = "/vllm.grpc.engine.VllmEngine/Generate";
 
@@ -103,33 +99,4 @@ pub(super) fn request(prompt: &Prompt, started: &Started<'_>) -> Outgoing {
     }
 }
 
-impl Piece for pb::GenerateResponse {
-    fn into_chunk(self, before: u32) -> Result<Chunk, BackendError> {
-        use pb::generate_response::Response;
-
-        Ok(match self.response {
-            None => Chunk::default(),
-            Some(Response::Chunk(new)) => sample::delta(
-                new.token_ids,
-                tell(new.output_logprobs),
-                new.cached_tokens,
-                before,
-            ),
-            Some(Response::Complete(all)) => {
-                let logprobs = tell(all.output_logprobs);
-                let rest = sample::rest(all.output_ids, logprobs, all.cached_tokens, before);
-                Chunk {
-                    finish: Some(sample::end(&all.finish_reason)?),
-                    ..rest
-                }
-            }
-        })
-    }
-}
-
-fn tell(told: Option<pb::OutputLogProbs>) -> Vec<TokenLogprob> {
-    let told = told.unwrap_or_default();
-    let top = told.top_logprobs.into_iter();
-    let top = top.map(|top| (top.token_ids, top.values));
-    sample::logprobs(&told.token_ids, &told.token_logprobs, top)
-}
+sample::chunks_and_an_end!(pb);

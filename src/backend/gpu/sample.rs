@@ -8,7 +8,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::{Dialect, Inner, Started, wire::KeptIds};
 use crate::{
-    backend::{BackendError, Chunk, Chunks, Prompt, SampleEnd},
+    backend::{BackendError, Chunk, Chunks, Prompt, SampleEnd, conversation_name, tenant_name},
     item::TokenLogprob,
 };
 
@@ -56,7 +56,7 @@ pub(super) fn sample(inner: Arc<Inner>, prompt: Prompt) -> Chunks {
         let facts = inner.facts()?;
         let constraint = inner.constraint(&prompt)?;
         let id = inner.next_id(&prompt);
-        let (salt, session) = inner.names(&prompt);
+        let (salt, session) = (tenant_name(&prompt), conversation_name(&prompt));
         let started = Started {
             id: &id,
             model: &facts.model,
@@ -232,33 +232,48 @@ fn broken(error: BackendError) -> BackendError {
     }
 }
 
-/// What is new in a sample that goes on.
-pub(super) fn delta(
-    tokens: Vec<u32>,
-    logprobs: Vec<TokenLogprob>,
-    cached: u32,
-    before: u32,
-) -> Chunk {
-    Chunk {
-        tokens,
-        logprobs,
-        cached_tokens: (before == 0).then_some(cached),
-        ..Chunk::default()
-    }
-}
+/// Reads the answers of the two dialects that send chunks and then a message that says why the sample
+/// ended, which repeats the last chunk, or stands alone where there was none. Their messages have the same
+/// fields, in types of their own.
+macro_rules! chunks_and_an_end {
+    ($pb:ident) => {
+        impl $crate::backend::gpu::sample::Piece for $pb::GenerateResponse {
+            fn into_chunk(
+                self,
+                before: u32,
+            ) -> Result<$crate::backend::Chunk, $crate::backend::BackendError> {
+                use $crate::backend::{Chunk, gpu::sample};
+                use $pb::generate_response::Response;
 
-/// What the last message adds, which repeats the last chunk, or stands alone where there was none.
-pub(super) fn rest(
-    tokens: Vec<u32>,
-    logprobs: Vec<TokenLogprob>,
-    cached: u32,
-    before: u32,
-) -> Chunk {
-    match before {
-        0 => delta(tokens, logprobs, cached, before),
-        _ => Chunk::default(),
-    }
+                let new = |tokens, told: Option<$pb::OutputLogProbs>, cached| {
+                    let told = told.unwrap_or_default();
+                    let top = told.top_logprobs.into_iter();
+                    let top = top.map(|top| (top.token_ids, top.values));
+                    Chunk {
+                        tokens,
+                        logprobs: sample::logprobs(&told.token_ids, &told.token_logprobs, top),
+                        cached_tokens: (before == 0).then_some(cached),
+                        ..Chunk::default()
+                    }
+                };
+                Ok(match self.response {
+                    None => Chunk::default(),
+                    Some(Response::Chunk(it)) => {
+                        new(it.token_ids, it.output_logprobs, it.cached_tokens)
+                    }
+                    Some(Response::Complete(it)) => Chunk {
+                        finish: Some(sample::end(&it.finish_reason)?),
+                        ..match before {
+                            0 => new(it.output_ids, it.output_logprobs, it.cached_tokens),
+                            _ => Chunk::default(),
+                        }
+                    },
+                })
+            }
+        }
+    };
 }
+pub(super) use chunks_and_an_end;
 
 /// Why a sample ended, in the words that engines have for it.
 pub(super) fn end(reason: &str) -> Result<SampleEnd, BackendError> {

@@ -246,15 +246,15 @@ fn each_setting_is_sent_that_the_client_made() {
 #[test]
 fn the_key_of_a_cache_tells_neither_ids_nor_tenants() {
     let prompt = prompt(Settings::default(), Vec::new());
-    let key = cache_key(&prompt);
+    let key = conversation_name(&prompt);
     assert!(!key.contains("resp"));
     let mut other = prompt.clone();
     other.tenant = "tenant2".into();
-    assert_ne!(cache_key(&other), key);
-    assert_ne!(cache_salt(&other), cache_salt(&prompt));
+    assert_ne!(conversation_name(&other), key);
+    assert_ne!(tenant_name(&other), tenant_name(&prompt));
     other = prompt.clone();
     other.response_id = "resp_2".into();
-    assert_eq!(cache_key(&other), key);
+    assert_eq!(conversation_name(&other), key);
 }
 
 #[test]
