@@ -465,22 +465,38 @@ impl Inner {
             model = facts.model,
             version = facts.version,
             context_length = facts.context_length,
-            "an engine is there"
+            "an engine answers"
         );
-        *self.state.write() = State::Known {
-            known: Arc::new(Known {
-                dialect,
-                block_tokens: facts.block_tokens.unwrap_or(1),
-                model: if self.options.model.is_empty() {
-                    facts.model
-                } else {
-                    self.options.model.clone()
-                },
-            }),
-            healthy: true,
-            load: None,
-        };
+        let known = Arc::new(Known {
+            dialect,
+            block_tokens: facts.block_tokens.unwrap_or(1),
+            model: if self.options.model.is_empty() {
+                facts.model
+            } else {
+                self.options.model.clone()
+            },
+        });
+        self.probe(known).await;
         Ok(facts.context_length)
+    }
+
+    /// Asks a known engine how it is.
+    async fn probe(&self, known: Arc<Known>) {
+        let probe = in_time(known.dialect.probe(&self.link)).await;
+        let (healthy, load) = match &probe {
+            Ok(probe) => (probe.healthy, probe.load),
+            Err(_) => (false, None),
+        };
+        let was_healthy = !matches!(*self.state.read(), State::Known { healthy: false, .. });
+        if was_healthy && !healthy {
+            let why = probe.err().map(|status| status.code());
+            tracing::warn!(url = self.options.url, ?why, "an engine is not well");
+        }
+        *self.state.write() = State::Known {
+            known,
+            healthy,
+            load,
+        };
     }
 
     /// What it is, in the first dialect that it speaks.
@@ -544,6 +560,9 @@ impl Inner {
         };
         let Some(known) = known else {
             match self.connect().await {
+                Ok(_) if self.is_healthy() => {
+                    tracing::info!(url = self.options.url, "an engine is well again")
+                }
                 Ok(_) => {}
                 Err(GpuError::Unfit { url, reason }) => {
                     tracing::error!(url, reason, "an engine does not fit the model's directory");
@@ -552,20 +571,11 @@ impl Inner {
             }
             return;
         };
-        let probe = in_time(known.dialect.probe(&self.link)).await;
-        let (healthy, load) = match &probe {
-            Ok(probe) => (probe.healthy, probe.load),
-            Err(_) => (false, None),
-        };
-        if !healthy {
-            let why = probe.err().map(|status| status.code());
-            tracing::warn!(url = self.options.url, ?why, "an engine is not well");
-        }
-        *self.state.write() = State::Known {
-            known,
-            healthy,
-            load,
-        };
+        self.probe(known).await;
+    }
+
+    fn is_healthy(&self) -> bool {
+        matches!(*self.state.read(), State::Known { healthy: true, .. })
     }
 
     /// What is known of it, where it can be used. One that seems unwell may be tried all the same.
@@ -648,7 +658,7 @@ impl Backend for Gpu {
     }
 
     fn healthy(&self) -> bool {
-        matches!(*self.inner.state.read(), State::Known { healthy: true, .. })
+        self.inner.is_healthy()
     }
 
     fn load(&self) -> Option<u32> {

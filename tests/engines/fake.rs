@@ -79,6 +79,7 @@ struct State {
     aborted: Mutex<Vec<String>>,
     healthy: AtomicBool,
     load: AtomicU32,
+    probes: AtomicU32,
     authorization: Mutex<Option<String>>,
 }
 
@@ -132,6 +133,7 @@ impl Fake {
             aborted: Mutex::default(),
             healthy: AtomicBool::new(true),
             load: AtomicU32::new(0),
+            probes: AtomicU32::new(0),
             authorization: Mutex::default(),
         });
         let player = Player(state.clone());
@@ -178,6 +180,11 @@ impl Fake {
 
     pub(crate) fn is_healthy(&self, healthy: bool) {
         self.state.healthy.store(healthy, Ordering::Relaxed);
+    }
+
+    /// How often it was asked how it is.
+    pub(crate) fn probes(&self) -> u32 {
+        self.state.probes.load(Ordering::Relaxed)
     }
 
     /// What the last request for a sample carried.
@@ -236,6 +243,7 @@ impl Player {
     }
 
     fn healthy(&self) -> bool {
+        self.0.probes.fetch_add(1, Ordering::Relaxed);
         self.0.healthy.load(Ordering::Relaxed)
     }
 }

@@ -480,6 +480,10 @@ async fn an_engine_may_come_late_go_and_come_back_and_must_still_fit() {
     until(|| gpu.load() == Some(12)).await;
     fake.is_healthy(false);
     until(|| !gpu.healthy()).await;
+    // For as long as it says so, however often it is asked.
+    let probes = fake.probes();
+    until(|| fake.probes() > probes + 3).await;
+    assert!(!gpu.healthy());
     fake.is_healthy(true);
     until(|| gpu.healthy()).await;
 

@@ -248,6 +248,46 @@ async fn a_fallback_with_another_tokenizer_takes_over_at_the_last_moment() {
     talk.close().await;
 }
 
+/// A warm-up has the engine's cache filled with what the first sample will need.
+#[tokio::test]
+async fn a_warm_up_reaches_the_engine() {
+    let engines = Engines::new();
+    let engine = engines.start(DialectChoice::Vllm).await;
+    let config = model("m", &gpu(&engine));
+    let program = Serve::with_config(&config).start().await;
+    let client = Client::of(&program).await;
+    let mut talk = client.stream().await;
+    let warm = Create {
+        generate: Some(false),
+        instructions: Some("You are brief, and say only what was asked for. ".repeat(8)),
+        ..ask("m", "hello")
+    };
+    talk.create(warm).await;
+    let prepared = talk.round().await;
+    let next = talk
+        .answer(after(&prepared.response_id, vec![user("and?")]))
+        .await;
+    let asked = engine.asked();
+    assert_eq!(asked.len(), 2);
+    let [warm, real] = [&asked[0], &asked[1]];
+    assert_eq!(warm.max_tokens, 1);
+    assert!(real.ids.len() > warm.ids.len() && real.max_tokens > 1);
+    // The prefix is the same but for the place where the answer would have begun.
+    let same = warm
+        .ids
+        .iter()
+        .zip(&real.ids)
+        .take_while(|(a, b)| a == b)
+        .count();
+    assert!(
+        same > 64 && same + 8 >= warm.ids.len(),
+        "{same} of {}",
+        warm.ids.len()
+    );
+    assert_eq!(next.done.usage.unwrap().samples, 1);
+    talk.close().await;
+}
+
 /// A name that stands for several models keeps a conversation where it began, and a SIGHUP changes
 /// what there is without ending anything.
 #[tokio::test]
