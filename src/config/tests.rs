@@ -405,6 +405,28 @@ fn models_that_cannot_be_are_refused() {
     }
 }
 
+/// Every configuration that a page shows is one.
+#[test]
+fn the_pages_show_configurations_that_work() {
+    let pages = [
+        ("README.md", include_str!("../../README.md"), 1),
+        ("gpu.md", include_str!("../../docs/gpu.md"), 1),
+        ("cerebras.md", include_str!("../../docs/cerebras.md"), 2),
+        ("routing.md", include_str!("../../docs/routing.md"), 1),
+        ("local.md", include_str!("../../docs/local.md"), 2),
+    ];
+    for (page, text, count) in pages {
+        let blocks = text.split("```toml\n").skip(1);
+        let blocks: Vec<&str> = blocks.map(|it| it.split_once("```").unwrap().0).collect();
+        assert_eq!(blocks.len(), count, "{page}");
+        for block in blocks {
+            let given = file(block).variable("CEREBRAS_API_KEY", "csk-1234");
+            let loaded = Config::load(&given.flags, given.environment.clone());
+            assert!(loaded.is_ok(), "{page}: {}\n{block}", loaded.unwrap_err());
+        }
+    }
+}
+
 #[test]
 fn a_model_on_the_command_line_is_the_default() {
     let directory = tempfile::tempdir().unwrap();

@@ -6,13 +6,13 @@ use hotloop::{
     backend::gpu::DialectChoice,
     files::{BuiltIn, Files},
     model::Artifacts,
-    proto::{Create, RerenderReason, ResponseStatus, connect_response::Event},
+    proto::{Create, GetModelRequest, RerenderReason, ResponseStatus, connect_response::Event},
 };
 
 use crate::{
     client::{Client, Round, after, user},
     fake::{Act, Asked, Facts, Fake},
-    program::{Program, Serve},
+    program::{NEVER, Program, Serve},
 };
 
 /// The directory of the text side that the simulated model has.
@@ -154,6 +154,29 @@ async fn a_killed_engine_is_not_seen() {
     }
     // The other one went on from the third word, and then had the conversation.
     assert_eq!(pair[0].asked().len(), 2);
+    // Whoever asks is told of both.
+    let told = async {
+        loop {
+            let request = client.ask(GetModelRequest {
+                name: "pair".into(),
+            });
+            let model = client
+                .models()
+                .get_model(request)
+                .await
+                .unwrap()
+                .into_inner();
+            let replicas = model.model.unwrap().replicas;
+            let well = replicas.iter().filter(|replica| replica.healthy).count();
+            if (replicas.len(), well) == (2, 1) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(NEVER, told)
+        .await
+        .expect("the dead one is never told of");
 }
 
 /// Where nothing samples from a model its fallback does: rendered anew only where its tokenizer is
