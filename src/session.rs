@@ -170,6 +170,12 @@ impl Committed {
             + items
                 .map(|item| size_of::<Item>() + 2 * item.text_bytes() + 256)
                 .sum::<usize>()
+            + self.chat.get().map_or(0, |messages| {
+                let messages = messages.iter();
+                let text = |it: &ChatMessage| it.reasoning.as_ref().map_or(0, bytes::Bytes::len);
+                let bytes = messages.map(|it| it.object.len() + text(it) + size_of_val(it));
+                bytes.sum::<usize>()
+            })
     }
 }
 

@@ -14,7 +14,10 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use hotloop::{
     archive::Archive,
     auth::AuthLayer,
-    backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
+    backend::{
+        Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd,
+        router::{Replica, Router},
+    },
     config::Config,
     drain::Drain,
     files::{BuiltIn, Files},
@@ -113,7 +116,16 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
     let artifacts = Arc::new(artifacts);
     let model = Arc::new(Model {
         name: "bench".into(),
-        backend: Arc::new(Answering::new(&artifacts, tokens_per_second, chunk)),
+        backend: Arc::new(Router::new(
+            // As every model has one.
+            Replica {
+                name: "bench".into(),
+                backend: Arc::new(Answering::new(&artifacts, tokens_per_second, chunk)),
+                weight: 1,
+            },
+            Vec::new(),
+            config.routing.clone(),
+        )),
         artifacts,
         context_length: 1 << 24,
         parameters: 0,
