@@ -346,9 +346,25 @@ pub struct Model {
     pub output_tokens_max: u32,
     /// The name of the model that takes over where nothing samples from this one.
     pub fallback: Option<Arc<str>>,
+    /// Its text side is that of another model, whose tokens stand for its own: the backend renders by
+    /// itself, and no directory was given.
+    pub stand_in: bool,
 }
 
+/// How many times its context a conversation may seem to have where tokens are counted by those of
+/// another model, whose vocabulary may be much smaller. What is too long the backend says itself.
+const STAND_IN_SLACK: u32 = 2;
+
 impl Model {
+    /// The most tokens of a prompt and its sample, as they are counted here.
+    #[must_use]
+    pub fn tokens_max(&self) -> u32 {
+        match self.stand_in {
+            true => self.context_length.saturating_mul(STAND_IN_SLACK),
+            false => self.context_length,
+        }
+    }
+
     /// What can be asked of it.
     #[must_use]
     pub fn abilities(&self) -> Abilities {

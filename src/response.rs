@@ -439,7 +439,7 @@ impl Open {
         let same = self.model.artifacts.fingerprint == model.artifacts.fingerprint;
         self.model = model;
         if same {
-            let (tokens, limit) = (self.prompt_tokens, self.model.context_length as usize);
+            let (tokens, limit) = (self.prompt_tokens, self.model.tokens_max() as usize);
             if tokens >= limit {
                 return Err(too_long(tokens, limit));
             }
@@ -481,7 +481,7 @@ impl Open {
         let previous = self.rope.clone();
         let ahead = self.ahead.take();
         let mut rendered = self.render(generation_prompt, ahead.as_ref())?;
-        let limit = self.model.context_length as usize;
+        let limit = self.model.tokens_max() as usize;
         while rendered.rope.len_tokens() >= limit {
             let tokens = rendered.rope.len_tokens();
             if self.settings.truncation != Some(Truncation::Auto)
@@ -694,7 +694,7 @@ impl Open {
             .max_output_tokens
             .unwrap_or(self.model.output_tokens_max)
             .min(self.model.output_tokens_max);
-        let room = self.model.context_length.saturating_sub(self.report.tokens);
+        let room = self.model.tokens_max().saturating_sub(self.report.tokens);
         asked.saturating_sub(self.usage.output_tokens).min(room)
     }
 
@@ -902,10 +902,7 @@ impl Open {
             self.look_ahead(Missing::StoodInFor)?;
             return Ok(None);
         };
-        let (tokens, limit) = (
-            rendered.rope.len_tokens(),
-            self.model.context_length as usize,
-        );
+        let (tokens, limit) = (rendered.rope.len_tokens(), self.model.tokens_max() as usize);
         if tokens >= limit && self.settings.truncation != Some(Truncation::Auto) {
             return Err(too_long(tokens, limit));
         }

@@ -132,6 +132,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         output_tokens_max: 1 << 20,
         fallback: None,
         replicas: None,
+        stand_in: false,
     });
     let drain = Drain::new(Duration::from_secs(1));
     let sessions = Sessions::new(ParkedLimits {

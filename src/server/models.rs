@@ -152,6 +152,7 @@ async fn load(
         parameters,
         output_tokens_max: config.request.output_tokens_max,
         fallback: model.fallback.as_deref().map(Into::into),
+        stand_in: model.path.is_none() && !model.cerebras.is_empty() && !model.takes_tokens(),
         artifacts,
     })
 }

@@ -62,6 +62,7 @@ fn model(name: &str, artifacts: Arc<Artifacts>) -> Arc<Model> {
         output_tokens_max: 1 << 15,
         fallback: None,
         replicas: None,
+        stand_in: false,
     })
 }
 

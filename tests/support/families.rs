@@ -210,6 +210,7 @@ impl Family {
             output_tokens_max: 100_000,
             fallback: None,
             replicas: None,
+            stand_in: false,
         };
         (Arc::new(model), backend)
     }

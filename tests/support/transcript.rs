@@ -100,6 +100,7 @@ impl House {
             output_tokens_max: 1_000,
             fallback: None,
             replicas: None,
+            stand_in: false,
         };
         Self {
             limits: Limits {

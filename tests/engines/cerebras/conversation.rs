@@ -50,6 +50,7 @@ impl Stream {
             output_tokens_max: 1_000,
             fallback: None,
             replicas: None,
+            stand_in: false,
         };
         let sessions = Sessions::new(ParkedLimits {
             bytes_max: 1 << 20,
