@@ -15,6 +15,7 @@ use hotloop::{
     archive::Archive,
     auth::AuthLayer,
     backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
+    billing::Logged,
     config::Config,
     drain::Drain,
     files::{BuiltIn, Files},
@@ -131,6 +132,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         models: Arc::new(Models::new(model, Vec::new())),
         heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
         archive: Archive::new(sessions),
+        biller: Arc::new(Logged::new("".into())),
         limits: config.stream.limits(),
         request_limits: RequestLimits {
             items_max: 1 << 20,
