@@ -25,6 +25,7 @@ use crate::{
         gpu::GpuOptions,
         router::RoutingOptions,
     },
+    billing::{AtBound, BillingOptions, Durability, Pace, Retries},
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,8 @@ pub struct Config {
     pub routing: RoutingOptions,
     /// What is kept on disk.
     pub store: Store,
+    /// What is recorded of usage.
+    pub billing: Billing,
     /// The log.
     pub log: Log,
     /// The models, never empty, exactly one of them the default. In the file: `[[model]]`.
@@ -298,6 +301,130 @@ impl Default for Store {
     }
 }
 
+/// What is recorded of usage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Billing {
+    /// The journal, relative to the file of settings. `None`, and empty in the file: usage is told in
+    /// the log alone.
+    #[serde(with = "file::path_or_empty")]
+    pub path: Option<PathBuf>,
+    /// When a transaction of the journal counts as written.
+    pub durability: Durability,
+    /// Records that are begun and not yet written as settled.
+    pub backlog_records_max: usize,
+    /// What happens to a create at that number.
+    pub at_bound: AtBound,
+    /// How long it waits for room with `block`, in seconds.
+    pub block_secs_max: u64,
+    /// After how many sampled tokens of a response its counts are written,
+    pub checkpoint_tokens: u64,
+    /// and after how many milliseconds at the latest.
+    pub checkpoint_ms: u64,
+    /// How long a record is kept that is settled and exported, in seconds.
+    pub retention_secs: u64,
+    /// Names the prices that are in force; stands in every record.
+    pub price_book_version: String,
+    /// Where records go from the journal. In the file: `[[billing.export]]`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub export: Vec<BillingExport>,
+}
+
+impl Default for Billing {
+    fn default() -> Self {
+        Self {
+            path: None,
+            durability: Durability::Normal,
+            backlog_records_max: 65_536,
+            at_bound: AtBound::Block,
+            block_secs_max: 5,
+            checkpoint_tokens: 64,
+            checkpoint_ms: 250,
+            retention_secs: 30 * 24 * 3600,
+            price_book_version: String::new(),
+            export: Vec::new(),
+        }
+    }
+}
+
+impl Billing {
+    /// As the biller takes them.
+    #[must_use]
+    pub fn options(&self) -> BillingOptions {
+        BillingOptions {
+            backlog_records_max: self.backlog_records_max,
+            at_bound: self.at_bound,
+            block_time_max: Duration::from_secs(self.block_secs_max),
+            pace: Pace {
+                tokens: self.checkpoint_tokens,
+                time: Duration::from_millis(self.checkpoint_ms),
+            },
+            retention: Duration::from_secs(self.retention_secs),
+            price_book_version: self.price_book_version.as_str().into(),
+        }
+    }
+}
+
+/// A sink of usage records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BillingExport {
+    /// Its name in the journal, by which it is known what it has.
+    pub name: String,
+    /// What it is.
+    pub kind: ExportKind,
+    /// The file, relative to the file of settings.
+    pub path: PathBuf,
+    /// How large the file may become before another one is begun.
+    #[serde(default = "rotate_bytes")]
+    pub rotate_bytes: u64,
+    /// How often it is asked to take records before they are kept aside.
+    #[serde(default = "attempts_max")]
+    pub attempts_max: u32,
+    /// How long before the second time, in milliseconds; then twice as long with each.
+    #[serde(default = "rest_ms_min")]
+    pub rest_ms_min: u64,
+    /// The longest rest, in milliseconds.
+    #[serde(default = "rest_ms_max")]
+    pub rest_ms_max: u64,
+}
+
+/// What a sink of usage records is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportKind {
+    /// A file, with a line of JSON for each record.
+    Jsonl,
+}
+
+impl BillingExport {
+    /// How often it is asked.
+    #[must_use]
+    pub fn retries(&self) -> Retries {
+        Retries {
+            attempts_max: self.attempts_max,
+            rest_min: Duration::from_millis(self.rest_ms_min),
+            rest_max: Duration::from_millis(self.rest_ms_max),
+        }
+    }
+}
+
+fn rotate_bytes() -> u64 {
+    64 << 20
+}
+
+fn attempts_max() -> u32 {
+    8
+}
+
+fn rest_ms_min() -> u64 {
+    100
+}
+
+fn rest_ms_max() -> u64 {
+    10_000
+}
+
 /// The log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -520,6 +647,7 @@ impl Default for Config {
             cache: Cache::default(),
             routing: RoutingOptions::default(),
             store: Store::default(),
+            billing: Billing::default(),
             log: Log::default(),
             models: Model::built_in(),
             aliases: Vec::new(),

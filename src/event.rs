@@ -115,6 +115,48 @@ pub struct Done {
     pub output: Vec<Arc<Item>>,
     /// The samples since the last `done` that another one followed at once.
     pub earlier: Vec<SampleReport>,
+    /// What it adds to the bill. `None` where a create was cancelled before its turn.
+    pub receipt: Option<Receipt>,
+}
+
+/// What a response adds to the bill, and what its stream came to with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// The id of its usage record.
+    pub record_id: Arc<str>,
+    /// This response so far.
+    pub response: Charged,
+    /// All responses of the stream that have ended, and this one.
+    pub stream: Charged,
+}
+
+/// What was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Charged {
+    /// By how many responses.
+    pub responses: u64,
+    /// Tokens of the prompts.
+    pub input_tokens: u64,
+    /// Those of them that no earlier prompt of their conversation held.
+    pub new_tokens: u64,
+    /// Those of them that the engine took from its cache, where it tells.
+    pub cached_tokens: u64,
+    /// Tokens that were sampled.
+    pub output_tokens: u64,
+}
+
+impl std::ops::Add for Charged {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            responses: self.responses + other.responses,
+            input_tokens: self.input_tokens + other.input_tokens,
+            new_tokens: self.new_tokens + other.new_tokens,
+            cached_tokens: self.cached_tokens + other.cached_tokens,
+            output_tokens: self.output_tokens + other.output_tokens,
+        }
+    }
 }
 
 /// One sample of a response.
@@ -196,6 +238,14 @@ pub struct PromptReport {
     pub truncated_items: u32,
     pub fingerprint: [u8; 16],
     pub head_tokens_cached: u32,
+}
+
+impl PromptReport {
+    /// Tokens of the prompt that were there before: on the ledger, or in the cache of heads.
+    #[must_use]
+    pub fn had_before(&self) -> u64 {
+        u64::from(self.reused_tokens) + u64::from(self.head_tokens_cached)
+    }
 }
 
 /// Why a prompt is no extension of the one before it.

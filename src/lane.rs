@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{BackendError, Chunks, Prompt},
+    billing::{Counts, Full, Meter, Served, Settlement},
     event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
     item::{LaneName, RequestId, ResponseId},
     model::{Model, Models},
@@ -31,6 +32,9 @@ const BLOCKING_BYTES_MIN: usize = 64 * 1024;
 
 /// How many models may take over from one another.
 const FALLBACKS_MAX: usize = 8;
+
+/// When a client may ask again for a response that could not be recorded.
+const RECORD_RETRY: Duration = Duration::from_secs(1);
 
 /// How many samples a `done` tells of beside the last one.
 const EARLIER_SAMPLES_MAX: usize = 1024;
@@ -216,6 +220,8 @@ async fn drive(job: Job, shared: &Shared) {
         slot,
         clock: Clock::new(read_at),
         earlier: Vec::new(),
+        meter: None,
+        delivered_tokens: 0,
     };
     let parent = match driver.wait(&before, parent).await {
         Ok(Ok(parent)) => parent,
@@ -226,14 +232,7 @@ async fn drive(job: Job, shared: &Shared) {
         }
         Err(stop) => {
             turn.give_up(&before);
-            match stop {
-                Stop::Cancelled => driver.cancelled_early().await,
-                Stop::Interrupted => {
-                    let why = "the stream closed before the turn of this create came";
-                    driver.refuse(Error::new(Code::Draining, why)).await;
-                }
-                Stop::Gone => {}
-            }
+            driver.stopped_early(stop).await;
             return driver.close().await;
         }
     };
@@ -241,6 +240,7 @@ async fn drive(job: Job, shared: &Shared) {
     driver.clock.mark(|timing| &mut timing.started);
     let previous = create.previous.clone();
     let prepare_only = create.prepare_only;
+    let asked = create.settings.model.clone().unwrap_or_default();
     let begun = driver.begin(&mut create, parent, created_at_ms).await;
     let open = match begun {
         Ok(open) => open,
@@ -249,6 +249,24 @@ async fn drive(job: Job, shared: &Shared) {
             return driver.close().await;
         }
     };
+    match driver.reserve(&open, asked).await {
+        Ok(Ok(meter)) => driver.meter = Some(meter),
+        Ok(Err(Full)) => {
+            let error = Error::new(Code::RateLimitExceeded, Full.to_string());
+            let retry_after = Some(RECORD_RETRY);
+            driver
+                .refuse(Error {
+                    retry_after,
+                    ..error
+                })
+                .await;
+            return driver.close().await;
+        }
+        Err(stop) => {
+            driver.stopped_early(stop).await;
+            return driver.close().await;
+        }
+    }
     tracing::Span::current().record("model", &*open.model().name);
     driver
         .send(vec![Event::Created {
@@ -341,6 +359,10 @@ struct Driver<'a> {
     clock: Clock,
     /// Samples that went on by themselves since the last `done`.
     earlier: Vec<SampleReport>,
+    /// Of the response, from its dispatch to its end.
+    meter: Option<Meter>,
+    /// Sampled tokens whose events were handed to a client that was there.
+    delivered_tokens: u64,
 }
 
 impl Driver<'_> {
@@ -504,6 +526,7 @@ impl Driver<'_> {
             match next {
                 Next::Finish(end) => return self.finish(open, end, events).await,
                 Next::Sample => {
+                    self.delivers(&open);
                     self.send(events).await;
                     if self.earlier.len() == EARLIER_SAMPLES_MAX {
                         self.earlier.remove(0);
@@ -513,7 +536,10 @@ impl Driver<'_> {
                 }
                 Next::Await => {
                     self.slot = None;
-                    events.push(self.done(&open, Status::AwaitingInput));
+                    self.delivers(&open);
+                    let mut done = self.done(&open, Status::AwaitingInput);
+                    self.charge(self.counts(&open), &mut done);
+                    events.push(done);
                     open.told();
                     self.send(events).await;
                     match self.awaiting(&mut open).await {
@@ -541,7 +567,7 @@ impl Driver<'_> {
 
     /// The model that is to take over from this one takes over, if there is one and it can. Where not,
     /// the response fails as it would have without.
-    fn hand_over(&self, open: &mut Open) -> bool {
+    fn hand_over(&mut self, open: &mut Open) -> bool {
         let model = open.model().clone();
         let fallback = model.fallback.as_deref();
         let Some(next) = fallback.and_then(|name| self.shared.models.named(name)) else {
@@ -554,7 +580,12 @@ impl Driver<'_> {
         );
         tracing::Span::current().record("model", &*next.name);
         match open.hand_over(next, &self.shared.heads) {
-            Ok(()) => true,
+            Ok(()) => {
+                if let Some(meter) = &mut self.meter {
+                    meter.serve(served(open));
+                }
+                true
+            }
             Err(error) => {
                 tracing::warn!(code = error.code.as_str(), "it cannot");
                 false
@@ -619,7 +650,12 @@ impl Driver<'_> {
                 first = false;
                 self.clock.mark(|timing| &mut timing.first_token);
             }
-            let end = open.chunk(chunk, events).map_err(Broken::Failed)?;
+            let end = open.chunk(chunk, events);
+            let counts = self.counts(open);
+            if let Some(meter) = &mut self.meter {
+                meter.checkpoint(counts);
+            }
+            let end = end.map_err(Broken::Failed)?;
             if let Some(end) = end {
                 self.clock.mark(|timing| &mut timing.last_token);
                 return Ok(end);
@@ -629,6 +665,7 @@ impl Driver<'_> {
             {
                 let events = std::mem::take(events);
                 permit.send(self.batch(events, self.request_id.clone()));
+                self.delivered_tokens = open.usage().output_tokens.into();
             }
         }
     }
@@ -705,10 +742,11 @@ impl Driver<'_> {
 
     /// Commits the response, charges it, hands it to the store's queue, and only then tells the client.
     async fn finish(&mut self, open: Open, end: End, mut events: Vec<Event>) {
-        let done = self.done(&open, end.into());
-        let usage = open.usage();
+        self.delivers(&open);
+        let mut done = self.done(&open, end.into());
+        let counts = self.counts(&open);
         let committed = open.commit(end.into(), &self.shared.held);
-        charge(usage, end_name(end));
+        self.charge(counts, &mut done);
         self.shared.archive.keep(&committed).await;
         events.push(done);
         self.send(events).await;
@@ -720,12 +758,13 @@ impl Driver<'_> {
         tracing::info!(code = error.code.as_str(), "response failed");
         open.end_round(RoundEnd::Interrupted, &mut events);
         let status = Status::Failed(error);
-        let done = self.done(&open, status.clone());
-        let usage = open.usage();
+        self.delivers(&open);
+        let mut done = self.done(&open, status.clone());
+        let counts = self.counts(&open);
         let committed = open
             .has_output()
             .then(|| open.commit(status, &self.shared.held));
-        charge(usage, "failed");
+        self.charge(counts, &mut done);
         if let Some(committed) = committed {
             self.shared.archive.keep(&committed).await;
         }
@@ -733,10 +772,63 @@ impl Driver<'_> {
         self.send(events).await;
     }
 
+    /// Room for the record of the response, without which it must not be sampled.
+    async fn reserve(&self, open: &Open, asked: Arc<str>) -> Result<Result<Meter, Full>, Stop> {
+        let begin = self
+            .shared
+            .account
+            .begin(self.id.clone(), asked, served(open));
+        tokio::select! {
+            biased;
+            stop = self.stops.stopped() => Err(stop),
+            meter = begin => Ok(meter),
+        }
+    }
+
+    /// What was used so far.
+    fn counts(&self, open: &Open) -> Counts {
+        Counts::new(open.usage(), open.reused_tokens(), self.delivered_tokens)
+    }
+
+    /// The events of all that was sampled are on their way, where somebody is there to get them.
+    fn delivers(&mut self, open: &Open) {
+        if !self.deaf && !self.shared.ends.gone.is_cancelled() {
+            self.delivered_tokens = open.usage().output_tokens.into();
+        }
+    }
+
+    /// What was sampled is charged, on every way out, before the client hears of the end: it gets
+    /// the receipt.
+    fn charge(&mut self, counts: Counts, done: &mut Event) {
+        let (Event::Done(done), Some(meter)) = (done, self.meter.take()) else {
+            return;
+        };
+        done.receipt = Some(match Settlement::new(&done.status, done.finish) {
+            Some(settlement) => meter.settle(settlement, counts),
+            None => {
+                let receipt = meter.receipt(counts);
+                self.meter = Some(meter);
+                receipt
+            }
+        });
+    }
+
     async fn cancelled(&mut self, open: &Open) {
-        charge(open.usage(), "cancelled");
-        let done = self.done(open, Status::Cancelled);
+        let mut done = self.done(open, Status::Cancelled);
+        self.charge(self.counts(open), &mut done);
         self.answer(vec![done], self.cancelled_by()).await;
+    }
+
+    /// Stopped before it began.
+    async fn stopped_early(&mut self, stop: Stop) {
+        match stop {
+            Stop::Cancelled => self.cancelled_early().await,
+            Stop::Interrupted => {
+                let why = "the stream closed before the turn of this create came";
+                self.refuse(Error::new(Code::Draining, why)).await;
+            }
+            Stop::Gone => {}
+        }
     }
 
     /// Cancelled before it began: there is nothing to charge.
@@ -753,6 +845,7 @@ impl Driver<'_> {
             timing: self.clock.timing,
             output: Vec::new(),
             earlier: Vec::new(),
+            receipt: None,
         }));
         self.answer(vec![done], self.cancelled_by()).await;
     }
@@ -899,24 +992,13 @@ fn from_backend(error: BackendError) -> Error {
     }
 }
 
-fn end_name(end: End) -> &'static str {
-    match end {
-        End::Completed => "completed",
-        End::Incomplete(_) => "incomplete",
+/// What serves the response now.
+fn served(open: &Open) -> Served {
+    let model = open.model();
+    Served {
+        model: model.name.clone(),
+        backend: model.backend.capabilities().kind.into(),
     }
-}
-
-/// What was sampled is charged, on every way out, before the client hears of the end.
-fn charge(usage: Usage, end: &'static str) {
-    tracing::info!(
-        target: "hotloop::usage",
-        end,
-        input_tokens = usage.input_tokens,
-        cached_tokens = usage.cached_tokens,
-        output_tokens = usage.output_tokens,
-        samples = usage.samples,
-        "usage"
-    );
 }
 
 fn today() -> jiff::civil::Date {

@@ -123,6 +123,8 @@ pub struct Open {
     /// The position that the next output item gets.
     output_index: u32,
     usage: Usage,
+    /// Tokens of its prompts that were there before: on the ledger, or in the cache of heads.
+    reused_tokens: u64,
     /// Tokens that were sampled before the sample in progress, or the last one.
     sampled_before: u32,
     report: PromptReport,
@@ -378,6 +380,7 @@ impl Open {
             output_told: 0,
             output_index: 0,
             usage: Usage::default(),
+            reused_tokens: 0,
             sampled_before: 0,
             report: PromptReport::default(),
             finish: None,
@@ -411,6 +414,12 @@ impl Open {
         self.usage
     }
 
+    /// Tokens of its prompts that were there before.
+    #[must_use]
+    pub fn reused_tokens(&self) -> u64 {
+        self.reused_tokens
+    }
+
     /// Nobody can answer calls any more: it no longer stays open after them.
     pub fn release(&mut self) {
         if self.then == Then::Hold {
@@ -435,6 +444,7 @@ impl Open {
         if self.round.take().is_some() {
             self.usage.samples -= 1;
             self.usage.input_tokens -= self.report.tokens;
+            self.reused_tokens -= self.report.had_before();
         }
         let same = self.model.artifacts.fingerprint == model.artifacts.fingerprint;
         self.model = model;
@@ -634,6 +644,7 @@ impl Open {
         self.usage.samples += 1;
         self.sampled_before = self.usage.output_tokens;
         self.usage.input_tokens += self.report.tokens;
+        self.reused_tokens += self.report.had_before();
         self.round = Some(Round::new(self));
         prompt
     }
@@ -1009,6 +1020,7 @@ impl Open {
             } else {
                 Vec::new()
             },
+            receipt: None,
         };
         Event::Done(Box::new(done))
     }

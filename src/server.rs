@@ -91,6 +91,14 @@ pub enum ServeError {
         /// Why not.
         reason: String,
     },
+    /// The journal of usage cannot be used.
+    #[error("billing.path {}: {reason}", path.display())]
+    Billing {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// The API keys do not go with the address.
     #[error(transparent)]
     Gate(crate::auth::GateError),

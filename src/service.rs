@@ -17,6 +17,7 @@ use crate::{
     archive::Archive,
     auth::Principal,
     backend::router::{BreakerState, ReplicaStatus},
+    billing::{Account, Biller},
     drain::Drain,
     item::{Item, ResponseId},
     ledger::Source,
@@ -54,6 +55,8 @@ pub struct Parts {
     pub heads: Arc<Heads>,
     /// What is held.
     pub archive: Arc<Archive>,
+    /// What keeps usage.
+    pub biller: Arc<dyn Biller>,
     /// Limits of a stream.
     pub limits: Limits,
     /// Limits of a request.
@@ -115,6 +118,11 @@ impl Services {
                 parts.responses_held_max,
             ),
             archive: parts.archive.clone(),
+            account: Account::new(
+                parts.biller.clone(),
+                principal.tenant.clone(),
+                principal.key_id.clone(),
+            ),
             limits: parts.limits,
             slots: Arc::new(Semaphore::new(parts.limits.sampling_max)),
             out: out.clone(),
@@ -166,6 +174,10 @@ impl Services {
         let flush = self.parts.archive.flush();
         if tokio::time::timeout(FLUSH_TIME_MAX, flush).await.is_err() {
             tracing::error!("the store was not written in time: responses are lost");
+        }
+        let flush = self.parts.biller.flush();
+        if tokio::time::timeout(FLUSH_TIME_MAX, flush).await.is_err() {
+            tracing::error!("usage records were not written in time");
         }
     }
 }

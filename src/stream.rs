@@ -28,6 +28,7 @@ use tracing::Instrument as _;
 
 use crate::{
     archive::Archive,
+    billing::Account,
     event::{Code, Envelope, Error, Event},
     item::{LaneName, RequestId, ResponseId},
     lane::{Cancel, Control, Job, Parent, Place, Turn, What},
@@ -113,6 +114,8 @@ pub struct Shared {
     pub held: Held,
     /// Where else responses are found.
     pub archive: Arc<Archive>,
+    /// What its responses are charged to.
+    pub account: Account,
     /// How long and how much.
     pub limits: Limits,
     /// Where events go.

@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::backend::cerebras::CerebrasOptions;
 
-use super::{Alias, Config, ConfigError, Model, Sim};
+use super::{Alias, BillingExport, Config, ConfigError, Model, Sim};
 
 const NAME_CHARACTERS_MAX: usize = 128;
 
@@ -37,8 +37,49 @@ impl Config {
         if let Err(reason) = self.routing.check() {
             return conflict(format!("routing.{reason}"));
         }
+        for (index, export) in self.billing.export.iter().enumerate() {
+            if let Err(reason) = self.check_export(index, export) {
+                return conflict(format!("billing.export[{index}].{reason}"));
+            }
+        }
         self.check_models()?;
         self.gate()?;
+        Ok(())
+    }
+
+    fn check_export(&self, index: usize, export: &BillingExport) -> Result<(), String> {
+        const GIB: u64 = 1 << 30;
+        let earlier = &self.billing.export[..index];
+        if self.billing.path.is_none() {
+            return Err("name: there is nothing to export without billing.path".to_owned());
+        }
+        if !(1..=NAME_CHARACTERS_MAX).contains(&export.name.len()) {
+            return Err(format!("name is not 1 to {NAME_CHARACTERS_MAX} bytes"));
+        }
+        if earlier.iter().any(|other| other.name == export.name) {
+            return Err("name is that of one before it".to_owned());
+        }
+        if earlier.iter().any(|other| other.path == export.path) {
+            return Err("path is that of one before it".to_owned());
+        }
+        let ranges = [
+            ("rotate_bytes", export.rotate_bytes, 4096..=1024 * GIB),
+            ("attempts_max", export.attempts_max.into(), 1..=1000),
+            ("rest_ms_min", export.rest_ms_min, 1..=60_000),
+            (
+                "rest_ms_max",
+                export.rest_ms_max,
+                export.rest_ms_min..=3_600_000,
+            ),
+        ];
+        for (key, value, range) in ranges {
+            if !range.contains(&value) {
+                let (least, most) = (range.start(), range.end());
+                return Err(format!(
+                    "{key} is {value}, but must be from {least} to {most}"
+                ));
+            }
+        }
         Ok(())
     }
 
@@ -181,7 +222,7 @@ impl Config {
     pub(super) fn ranges(&self) -> Vec<(&'static str, u64, RangeInclusive<u64>)> {
         const DAY_SECS: u64 = 24 * 3600;
         const GIB: u64 = 1 << 30;
-        let Self { server, stream, request, cache, store, routing: _, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
+        let Self { server, stream, request, cache, store, billing, routing: _, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
         let count = |number: usize| number as u64;
         vec![
             // Under 64 KiB a create with a few tools would not fit; a message is held in memory
@@ -223,6 +264,12 @@ impl Config {
             ("store.bytes_max", store.bytes_max, 1 << 20..=65_536 * GIB),
             ("store.age_secs_max", store.age_secs_max, 1..=3650 * DAY_SECS),
             ("store.write_queue_bytes_max", count(store.write_queue_bytes_max), 1 << 20..=64 * GIB),
+            // A record takes about a KiB while it waits.
+            ("billing.backlog_records_max", count(billing.backlog_records_max), 1..=10_000_000),
+            ("billing.block_secs_max", billing.block_secs_max, 1..=600),
+            ("billing.checkpoint_tokens", billing.checkpoint_tokens, 1..=1_000_000),
+            ("billing.checkpoint_ms", billing.checkpoint_ms, 1..=60_000),
+            ("billing.retention_secs", billing.retention_secs, 0..=3650 * DAY_SECS),
         ]
     }
 }

@@ -38,7 +38,9 @@ pub(super) fn read(path: &Path) -> Result<Config, ConfigError> {
             *path = directory.join(&*path);
         }
     }
-    if let Some(path) = &mut config.store.path {
+    let exports = config.billing.export.iter_mut().map(|it| &mut it.path);
+    let kept = config.store.path.iter_mut().chain(&mut config.billing.path);
+    for path in kept.chain(exports) {
         *path = directory.join(&*path);
     }
     Ok(config)

@@ -471,3 +471,37 @@ fn keys_come_from_the_environment_and_are_not_shown() {
             .contains("0123456789abcdef")
     );
 }
+
+#[test]
+fn sinks_of_usage_are_read_and_held_against_their_ranges() {
+    let sink = |more: &str| {
+        file(&format!(
+            "[billing]\npath = \"journal\"\n[[billing.export]]\nname = \"usage\"\nkind = \"jsonl\"\npath = \"usage.jsonl\"\n{more}"
+        ))
+    };
+    let given = sink("");
+    let config = given.load();
+    let directory = given.file.path().parent().unwrap();
+    assert_eq!(config.billing.path, Some(directory.join("journal")));
+    assert_eq!(config.billing.export[0].path, directory.join("usage.jsonl"));
+    assert_eq!(config.billing.export[0].attempts_max, 8);
+
+    let again = "[[billing.export]]\nname = \"usage\"\nkind = \"jsonl\"\npath = \"other\"\n";
+    let expected = [
+        (
+            "attempts_max = 0\n",
+            "attempts_max is 0, but must be from 1 to 1000",
+        ),
+        (
+            "rest_ms_max = 1\n",
+            "rest_ms_max is 1, but must be from 100 to 3600000",
+        ),
+    ];
+    for (more, reason) in expected {
+        assert_eq!(sink(more).error(), format!("billing.export[0].{reason}"));
+    }
+    let expected = "billing.export[1].name is that of one before it";
+    assert_eq!(sink(again).error(), expected);
+    let expected = "billing.export[0].name: there is nothing to export without billing.path";
+    assert_eq!(sink("").set("billing.path=").error(), expected);
+}

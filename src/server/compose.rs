@@ -1,4 +1,4 @@
-//! From a configuration to services: the one place that names stores.
+//! From a configuration to services: the one place that names stores, journals and sinks.
 
 use std::{
     path::Path,
@@ -11,7 +11,8 @@ use tonic::service::Routes;
 use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
-    config::{self, Config},
+    billing::{Biller, Billing, Export, Jsonl, Logged, OpenError},
+    config::{self, Config, ExportKind},
     model::Models,
     proto::{
         models_service_server::ModelsServiceServer,
@@ -55,6 +56,7 @@ pub(super) fn services(
         models,
         heads,
         archive,
+        biller: biller(&config.billing)?,
         limits: stream.limits(),
         request_limits: RequestLimits {
             items_max: config.request.items_max,
@@ -76,6 +78,28 @@ fn store(path: &Path, options: &config::Store) -> Result<Queue, String> {
     };
     let store = Embedded::open(path, limits).map_err(|error| error.to_string())?;
     Queue::new(Arc::new(store), options.write_queue_bytes_max).map_err(|error| error.to_string())
+}
+
+/// Opens the journal of usage, where there is to be one.
+fn biller(options: &config::Billing) -> Result<Arc<dyn Biller>, ServeError> {
+    let Some(path) = &options.path else {
+        let version = options.price_book_version.as_str().into();
+        return Ok(Arc::new(Logged::new(version)));
+    };
+    let exports = options.export.iter().map(|it| Export {
+        name: it.name.as_str().into(),
+        retries: it.retries(),
+        exporter: match it.kind {
+            ExportKind::Jsonl => Box::new(Jsonl::new(&it.path, it.rotate_bytes)),
+        },
+    });
+    let exports = exports.collect();
+    let opened = Billing::open(path, options.durability, options.options(), exports);
+    let billing = opened.map_err(|error: OpenError| ServeError::Billing {
+        path: path.clone(),
+        reason: error.to_string(),
+    })?;
+    Ok(Arc::new(billing))
 }
 
 /// How often what is parked for too long is looked for.

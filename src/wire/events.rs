@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     event::{
-        DeltaKind, Done, Envelope, Error, Event, Finish, IncompleteReason, PromptReport,
+        Charged, DeltaKind, Done, Envelope, Error, Event, Finish, IncompleteReason, PromptReport,
         RerenderReason, Retry, Status, Timing, Usage,
     },
     item::{Body, Item, ItemId, ItemStatus, NamedLogprob, Part, Role},
@@ -146,6 +146,21 @@ fn done_message(done: Done) -> pb::Done {
                 output_tokens: sample.output_tokens,
             })
             .collect(),
+        receipt: done.receipt.map(|receipt| pb::Receipt {
+            record_id: receipt.record_id.to_string(),
+            response: Some(receipt_totals(receipt.response)),
+            stream: Some(receipt_totals(receipt.stream)),
+        }),
+    }
+}
+
+fn receipt_totals(charged: Charged) -> pb::ReceiptTotals {
+    pb::ReceiptTotals {
+        responses: charged.responses,
+        input_tokens: charged.input_tokens,
+        new_tokens: charged.new_tokens,
+        cached_tokens: charged.cached_tokens,
+        output_tokens: charged.output_tokens,
     }
 }
 

@@ -13,6 +13,7 @@ use futures::StreamExt as _;
 use hotloop::{
     archive::Archive,
     backend::sim::{Pace, Sim},
+    billing::Account,
     event::{Code, Done, Event, PromptReport, RerenderReason, Usage},
     files::{BuiltIn, Files},
     item::{Body, Item, Part, RequestId, ResponseId, Role, Tenant, Tool, ToolKind},
@@ -146,6 +147,7 @@ impl Server {
             models: self.models.clone(),
             heads: self.heads.clone(),
             held,
+            account: Account::logged(tenant.into()),
             archive: self.archive.clone(),
             limits: STREAM,
             slots: Arc::new(Semaphore::new(STREAM.sampling_max)),

@@ -16,6 +16,7 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use hotloop::{
     archive::Archive,
     backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
+    billing::Account,
     files::{BuiltIn, Files},
     item::{ResponseId, Tenant, TokenLogprob},
     model::{Artifacts, Model, Models},
@@ -136,6 +137,7 @@ impl House {
                 self.responses_held_max,
             ),
             archive: Archive::new(self.sessions.clone()),
+            account: Account::logged(Tenant::from(tenant)),
             limits: self.limits,
             out,
             slots: slots.clone(),

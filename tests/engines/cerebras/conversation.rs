@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use futures::StreamExt as _;
 use hotloop::{
     archive::Archive,
+    billing::Account,
     files::{BuiltIn, Files},
     item::Tenant,
     model::{Artifacts, Model, Models},
@@ -63,6 +64,7 @@ impl Stream {
             heads: Arc::new(Heads::new(1 << 20)),
             held: Held::new(sessions.clone(), Tenant::from("tenant"), 1_000),
             archive: Archive::new(sessions),
+            account: Account::logged(Tenant::from("tenant")),
             limits,
             out,
             slots: Arc::new(Semaphore::new(limits.sampling_max)),

@@ -1,0 +1,530 @@
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use tempfile::TempDir;
+
+use super::{journal::Reading, *};
+use crate::event::{Finish, IncompleteReason, Status, Usage};
+
+/// Long enough that reaching it is a failure, also on a busy machine.
+const NEVER: Duration = Duration::from_secs(30);
+
+fn options() -> BillingOptions {
+    BillingOptions {
+        backlog_records_max: 100,
+        at_bound: AtBound::Shed,
+        block_time_max: Duration::from_secs(5),
+        pace: Pace {
+            tokens: 10,
+            time: NEVER,
+        },
+        retention: Duration::from_secs(3600),
+        price_book_version: "v7".into(),
+    }
+}
+
+fn counts(output_tokens: u32) -> Counts {
+    let usage = Usage {
+        input_tokens: 100,
+        cached_tokens: 30,
+        output_tokens,
+        reasoning_tokens: 1,
+        samples: 1,
+    };
+    Counts::new(usage, 60, output_tokens.into())
+}
+
+fn completed() -> Settlement {
+    Settlement::new(&Status::Completed, Some(Finish::Stop)).unwrap()
+}
+
+async fn begin(account: &Account, response: &str) -> Result<Meter, Full> {
+    let served = Served {
+        model: "tiny".into(),
+        backend: "sim".into(),
+    };
+    account.begin(response.into(), "asked".into(), served).await
+}
+
+fn account(billing: &Arc<Billing>) -> Account {
+    Account::new(billing.clone(), "acme".into(), "key".into())
+}
+
+/// All records of the file, as `response end output`, in the order of settling.
+fn settled(path: &Path) -> Vec<String> {
+    let records = Reading::open(path).unwrap().after(0, 1000).unwrap();
+    let line =
+        |(_, it): (u64, Record)| format!("{} {} {}", it.response, it.end, it.counts.output_tokens);
+    records.into_iter().map(line).collect()
+}
+
+/// A medium in memory that fails when it is told to.
+#[derive(Clone, Default)]
+struct Memory {
+    changes: Arc<Mutex<Vec<Change>>>,
+    broken: Arc<AtomicBool>,
+}
+
+impl Memory {
+    fn records(&self) -> Vec<Record> {
+        let changes = self.changes.lock();
+        let records = changes.iter().filter_map(|change| match change {
+            Change::Record(record) => Some((**record).clone()),
+            Change::Exported { .. }
+            | Change::Buried { .. }
+            | Change::Revived { .. }
+            | Change::Sweep { .. } => None,
+        });
+        records.collect()
+    }
+}
+
+impl Medium for Memory {
+    fn commit(&mut self, changes: &[Change]) -> Result<(), MediumError> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(MediumError("told to fail".into()));
+        }
+        self.changes.lock().extend_from_slice(changes);
+        Ok(())
+    }
+}
+
+fn over(memory: &Memory, options: BillingOptions) -> Arc<Billing> {
+    Arc::new(Billing::new(memory.clone(), "here".into(), options, Vec::new()).unwrap())
+}
+
+#[test]
+fn an_id_is_that_of_a_response_in_a_journal() {
+    let id = |journal: &str, response: &str| record_id(journal, &response.into());
+    assert_eq!(&*id("a", "b"), "rec_1c78e427ab411985616a9718d719e86d");
+    assert_eq!(id("a", "b"), id("a", "b"));
+    assert_ne!(id("a", "b"), id("a", "c"));
+    assert_ne!(id("a", "b"), id("b", "b"));
+    assert_ne!(id("ab", "c"), id("a", "bc"));
+}
+
+#[test]
+fn a_settlement_says_how_it_ended() {
+    let of = |status, finish| {
+        let settlement = Settlement::new(&status, finish)?;
+        Some((settlement.end, settlement.reason, settlement.finish))
+    };
+    assert_eq!(of(Status::AwaitingInput, Some(Finish::ToolCalls)), None);
+    let incomplete = Status::Incomplete(IncompleteReason::MaxOutputTokens);
+    let expected = ("incomplete", "max_output_tokens", "length");
+    assert_eq!(of(incomplete, Some(Finish::Length)), Some(expected));
+    let error = crate::event::Error::new(crate::event::Code::BackendError, "it broke");
+    let expected = ("failed", "backend_error", "");
+    assert_eq!(of(Status::Failed(error), None), Some(expected));
+}
+
+#[tokio::test]
+async fn a_record_is_reserved_checkpointed_and_settled_once() {
+    let memory = Memory::default();
+    let billing = over(&memory, options());
+    let account = account(&billing);
+
+    let mut meter = begin(&account, "resp_1").await.unwrap();
+    billing.flush().await;
+    // Less than the pace asks for is written by nobody.
+    meter.checkpoint(counts(9));
+    billing.flush().await;
+    meter.checkpoint(counts(10));
+    billing.flush().await;
+    let receipt = meter.receipt(counts(11));
+    let last = meter.settle(completed(), counts(12));
+    billing.flush().await;
+
+    let outputs: Vec<_> = memory
+        .records()
+        .iter()
+        .map(|it| (it.end.to_string(), it.counts.output_tokens))
+        .collect();
+    let expected = [("", 0), ("", 10), ("completed", 12)].map(|(end, n)| (end.to_owned(), n));
+    assert_eq!(outputs, expected);
+    assert_eq!(
+        (receipt.response.output_tokens, last.stream.responses),
+        (11, 1)
+    );
+    assert_eq!(last.response, counts(12).charged());
+
+    // The stream's total runs on.
+    let meter = begin(&account, "resp_2").await.unwrap();
+    assert_eq!(meter.receipt(counts(1)).stream.responses, 2);
+    let receipt = meter.settle(completed(), Counts::default());
+    assert_eq!(receipt.stream.output_tokens, 12);
+    assert_eq!(receipt.stream.new_tokens, 40);
+
+    billing.flush().await;
+    let record = memory.records().pop().unwrap();
+    assert_eq!(&*record.id, &*record_id("here", &"resp_2".into()));
+    assert_eq!(record.id, receipt.record_id);
+    // Zero is a value.
+    assert_eq!(record.counts, Counts::default());
+    let json = serde_json::to_value(&record).unwrap();
+    assert_eq!(json["output_tokens"], 0);
+    assert_eq!(json["tenant"], "acme");
+    assert_eq!(json["price_book_version"], "v7");
+}
+
+#[tokio::test]
+async fn a_meter_that_is_dropped_settles_what_was_counted() {
+    let memory = Memory::default();
+    let billing = over(&memory, options());
+    let mut meter = begin(&account(&billing), "resp_1").await.unwrap();
+    meter.checkpoint(counts(3));
+    drop(meter);
+    billing.flush().await;
+    let record = memory.records().pop().unwrap();
+    assert_eq!(
+        (&*record.end, record.counts.output_tokens),
+        ("abandoned", 3)
+    );
+    assert!(record.settled_at_ms.is_some());
+}
+
+#[tokio::test]
+async fn at_the_bound_a_create_is_shed_or_waits() {
+    let memory = Memory::default();
+    let two = |at_bound| BillingOptions {
+        backlog_records_max: 2,
+        at_bound,
+        ..options()
+    };
+    for at_bound in [AtBound::Shed, AtBound::Block] {
+        let billing = over(&memory, two(at_bound));
+        let account = account(&billing);
+        let first = begin(&account, "resp_1").await.unwrap();
+        let second = begin(&account, "resp_2").await.unwrap();
+        billing.flush().await;
+        memory.broken.store(true, Ordering::Relaxed);
+        // Settled is not yet written.
+        first.settle(completed(), counts(1));
+        let refused = match at_bound {
+            AtBound::Shed => begin(&account, "resp_3").await,
+            AtBound::Block => {
+                tokio::time::pause();
+                let refused = begin(&account, "resp_3").await;
+                tokio::time::resume();
+                refused
+            }
+        };
+        assert_eq!(refused.err(), Some(Full), "{at_bound:?}");
+        memory.broken.store(false, Ordering::Relaxed);
+        billing.flush().await;
+        let third = begin(&account, "resp_3").await;
+        drop((second, third.unwrap()));
+        billing.flush().await;
+        let ends = memory.records();
+        let ends: Vec<_> = ends
+            .iter()
+            .filter(|it| it.settled_at_ms.is_some())
+            .collect();
+        assert_eq!(ends.len(), 3, "{at_bound:?}");
+        memory.changes.lock().clear();
+    }
+}
+
+#[tokio::test]
+async fn a_blocked_create_goes_on_when_there_is_room() {
+    let memory = Memory::default();
+    let one = BillingOptions {
+        backlog_records_max: 1,
+        at_bound: AtBound::Block,
+        block_time_max: NEVER,
+        ..options()
+    };
+    let billing = over(&memory, one);
+    let account = account(&billing);
+    let first = begin(&account, "resp_1").await.unwrap();
+    let (second, _) = tokio::join!(begin(&account, "resp_2"), async {
+        tokio::task::yield_now().await;
+        first.settle(completed(), counts(1))
+    });
+    second.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_process_left_open_is_settled_by_the_next() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let billing = Billing::open(&path, Durability::Full, options(), Vec::new()).unwrap();
+    let billing = Arc::new(billing);
+    let account = account(&billing);
+    let mut open = begin(&account, "resp_open").await.unwrap();
+    open.checkpoint(counts(20));
+    open.checkpoint(counts(21));
+    let whole = begin(&account, "resp_whole").await.unwrap();
+    let receipt = whole.settle(completed(), counts(5));
+    billing.flush().await;
+
+    let busy = Billing::open(&path, Durability::Normal, options(), Vec::new());
+    let busy = busy.err().unwrap().to_string();
+    assert!(busy.starts_with("another process uses it"), "{busy}");
+
+    // As a kill leaves it: the files as they are now, under another name.
+    let killed = dir.path().join("killed");
+    std::fs::copy(&path, &killed).unwrap();
+    std::fs::copy(
+        dir.path().join("journal-wal"),
+        dir.path().join("killed-wal"),
+    )
+    .unwrap();
+    for _ in 0..2 {
+        drop(Journal::open(&killed, Durability::Normal, 7).unwrap());
+        let expected = ["resp_whole completed 5", "resp_open interrupted 20"];
+        assert_eq!(settled(&killed), expected);
+    }
+    let records = Reading::open(&killed).unwrap().after(0, 10).unwrap();
+    assert_eq!(records[0].1.id, receipt.record_id);
+    assert_eq!((records[1].0, records[1].1.settled_at_ms), (2, Some(7)));
+    drop(open);
+}
+
+#[test]
+fn a_settled_record_stays_as_it_is() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = Journal::open(&path, Durability::Normal, 0).unwrap();
+    let record = record("resp_1", 5, Some(10));
+    let put = |record: &Record| Change::Record(Box::new(record.clone()));
+    journal.commit(&[put(&record)]).unwrap();
+    let other = Record {
+        counts: counts(9),
+        ..record.clone()
+    };
+    let again = Record {
+        settled_at_ms: None,
+        end: "".into(),
+        ..record.clone()
+    };
+    journal.commit(&[put(&other), put(&again)]).unwrap();
+    let reading = Reading::open(&path).unwrap();
+    assert_eq!(reading.after(0, 10).unwrap(), [(1, record)]);
+}
+
+/// A record of this response with so many tokens.
+fn record(response: &str, output: u32, settled_at_ms: Option<u64>) -> Record {
+    Record {
+        id: record_id("journal", &response.into()),
+        response: response.into(),
+        tenant: "acme".into(),
+        key: "key".into(),
+        session: "sess".into(),
+        model_asked: "".into(),
+        model_served: "tiny".into(),
+        backend: "sim".into(),
+        counts: counts(output),
+        stream_ms: 3,
+        end: "completed".into(),
+        reason: "".into(),
+        finish: "stop".into(),
+        price_book_version: "".into(),
+        reserved_at_ms: 1,
+        settled_at_ms,
+    }
+}
+
+#[test]
+fn what_is_old_leaves_once_every_sink_has_it() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = Journal::open(&path, Durability::Normal, 0).unwrap();
+    for (response, at_ms) in [("a", 10), ("b", 11), ("c", 12), ("d", 13), ("e", 99)] {
+        let record = record(response, 1, Some(at_ms));
+        journal.commit(&[Change::Record(Box::new(record))]).unwrap();
+    }
+    let sweep = |sinks: &[&str]| Change::Sweep {
+        before_ms: 50,
+        sinks: sinks.iter().map(|&name| name.into()).collect(),
+    };
+    let exported = |sink: &str, upto| Change::Exported {
+        sink: sink.into(),
+        upto,
+    };
+    let left = || {
+        let records = Reading::open(&path).unwrap().after(0, 10).unwrap();
+        records.iter().map(|it| &*it.1.response).collect::<String>()
+    };
+    journal
+        .commit(&[exported("x", 2), sweep(&["x", "y"])])
+        .unwrap();
+    assert_eq!(left(), "abcde");
+    let buried = Change::Buried {
+        sink: "y".into(),
+        numbers: vec![2],
+        attempts: 3,
+        error: "down".to_owned(),
+        at_ms: 20,
+    };
+    journal.commit(&[buried, sweep(&["x", "y"])]).unwrap();
+    assert_eq!(left(), "bcde");
+    let revived = Change::Revived {
+        sink: "y".into(),
+        numbers: vec![2],
+    };
+    journal
+        .commit(&[
+            revived,
+            exported("x", 5),
+            exported("y", 5),
+            sweep(&["x", "y"]),
+        ])
+        .unwrap();
+    assert_eq!(left(), "e");
+    // The order goes on, also where nothing is left that says so.
+    drop(journal);
+    let mut journal = Journal::open(&path, Durability::Normal, 0).unwrap();
+    journal
+        .commit(&[Change::Record(Box::new(record("f", 1, Some(100))))])
+        .unwrap();
+    let last = Reading::open(&path).unwrap().after(5, 10).unwrap();
+    assert_eq!((last.len(), last[0].0), (1, 6));
+}
+
+/// A sink in memory that fails when it is told to.
+#[derive(Clone, Default)]
+struct Shelf {
+    taken: Arc<Mutex<Vec<String>>>,
+    asked: Arc<Mutex<u32>>,
+    down: Arc<AtomicBool>,
+}
+
+impl Exporter for Shelf {
+    fn export(&mut self, records: &[Record]) -> std::io::Result<()> {
+        *self.asked.lock() += 1;
+        if self.down.load(Ordering::Relaxed) {
+            return Err(std::io::Error::other("down"));
+        }
+        let responses = records.iter().map(|it| it.response.to_string());
+        self.taken.lock().extend(responses);
+        Ok(())
+    }
+}
+
+fn exporting(path: &Path, shelf: &Shelf) -> Arc<Billing> {
+    let export = Export {
+        name: "shelf".into(),
+        exporter: Box::new(shelf.clone()),
+        retries: Retries {
+            attempts_max: 3,
+            rest_min: Duration::from_millis(1),
+            rest_max: Duration::from_millis(2),
+        },
+    };
+    let billing = Billing::open(path, Durability::Normal, options(), vec![export]);
+    Arc::new(billing.unwrap())
+}
+
+async fn until(what: impl Fn() -> bool) {
+    let waited = tokio::time::timeout(NEVER, async {
+        while !what() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    waited.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_sink_that_fails_gets_everything_once_it_works() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let shelf = Shelf::default();
+    shelf.down.store(true, Ordering::Relaxed);
+    let billing = exporting(&path, &shelf);
+    let dead = || {
+        Reading::open(&path)
+            .unwrap()
+            .dead("shelf", 0, 10)
+            .unwrap()
+            .len()
+    };
+    let account = account(&billing);
+    let settle = async |response: &str| {
+        let meter = begin(&account, response).await.unwrap();
+        meter.settle(completed(), counts(1));
+        billing.flush().await;
+    };
+    settle("resp_1").await;
+    until(|| dead() == 1).await;
+    assert_eq!(*shelf.asked.lock(), 3);
+    settle("resp_2").await;
+    until(|| dead() == 2).await;
+
+    shelf.down.store(false, Ordering::Relaxed);
+    settle("resp_3").await;
+    until(|| shelf.taken.lock().len() == 3).await;
+    until(|| dead() == 0).await;
+    assert_eq!(*shelf.taken.lock(), ["resp_3", "resp_1", "resp_2"]);
+    assert_eq!(Reading::open(&path).unwrap().cursor("shelf").unwrap(), 3);
+}
+
+#[tokio::test]
+async fn a_sink_that_was_down_all_the_while_gets_everything_from_the_next_start() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let shelf = Shelf::default();
+    shelf.down.store(true, Ordering::Relaxed);
+    let billing = exporting(&path, &shelf);
+    let all: Vec<String> = (0..20).map(|n| format!("resp_{n}")).collect();
+    {
+        let account = account(&billing);
+        for response in &all {
+            let meter = begin(&account, response).await.unwrap();
+            meter.settle(completed(), counts(1));
+        }
+    }
+    drop(billing);
+    assert_eq!(*shelf.taken.lock(), Vec::<String>::new());
+
+    shelf.down.store(false, Ordering::Relaxed);
+    let billing = exporting(&path, &shelf);
+    until(|| shelf.taken.lock().len() >= all.len()).await;
+    drop(billing);
+    let mut taken = shelf.taken.lock().clone();
+    taken.sort_unstable();
+    let mut all = all;
+    all.sort_unstable();
+    assert_eq!(taken, all);
+}
+
+#[test]
+fn a_file_of_lines_is_moved_away_when_it_is_full() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("usage.jsonl");
+    let one = [record("resp_1", 1, Some(2))];
+    let line = serde_json::to_string(&one[0]).unwrap() + "\n";
+    let mut sink = Jsonl::new(&path, 2 * line.len() as u64);
+    for _ in 0..5 {
+        sink.export(&one).unwrap();
+    }
+    let mut files: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap())
+        .collect();
+    files.sort_unstable();
+    assert_eq!(files, [line.clone(), line.repeat(2), line.repeat(2)]);
+
+    // Half a line of a process that was killed stays alone.
+    std::fs::write(&path, "{\"half").unwrap();
+    sink.export(&one).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text, format!("{{\"half\n{line}"));
+}
+
+#[test]
+fn a_file_that_is_no_journal_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    std::fs::write(&path, "something else, and long enough to be looked at").unwrap();
+    let error = Journal::open(&path, Durability::Normal, 0).err().unwrap();
+    assert_eq!(error.to_string(), "file is not a database");
+    let path = dir.path().join("other");
+    let connection = rusqlite::Connection::open(&path).unwrap();
+    connection.execute_batch("CREATE TABLE x (y)").unwrap();
+    let error = Journal::open(&path, Durability::Normal, 0).err().unwrap();
+    let expected = "the file is of format 0, and this program reads 1";
+    assert_eq!(error.to_string(), expected);
+}
