@@ -26,6 +26,7 @@ use crate::{
         router::RoutingOptions,
     },
     billing::{AtBound, BillingOptions, Durability, Pace, Retries},
+    budget::{BudgetOptions, Price},
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -64,6 +65,12 @@ pub struct Config {
     /// Other names for them. In the file: `[[alias]]`.
     #[serde(rename = "alias", default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<Alias>,
+    /// What may be used. In the file: `[[budget]]`.
+    #[serde(rename = "budget", default, skip_serializing_if = "Vec::is_empty")]
+    pub budgets: Vec<BudgetOptions>,
+    /// What models cost. In the file: `[[price]]`.
+    #[serde(rename = "price", default, skip_serializing_if = "Vec::is_empty")]
+    pub prices: Vec<Price>,
     /// The accepted API keys. Only ever from the environment.
     #[serde(skip)]
     pub api_keys: Keys,
@@ -651,6 +658,8 @@ impl Default for Config {
             log: Log::default(),
             models: Model::built_in(),
             aliases: Vec::new(),
+            budgets: Vec::new(),
+            prices: Vec::new(),
             api_keys: Keys::default(),
             secrets: Secrets::default(),
         }

@@ -194,6 +194,8 @@ pub enum IncompleteReason {
     ContentFilter,
     /// The client vanished, a hold lasted too long, or the server stopped.
     Interrupted,
+    /// A budget is spent.
+    Budget,
 }
 
 /// Why a sample ended.

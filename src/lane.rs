@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{BackendError, Chunks, Prompt},
     billing::{Counts, Full, Meter, Served, Settlement},
+    budget::{Purse, Spent},
     event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
     item::{LaneName, RequestId, ResponseId},
     model::{Model, Models},
@@ -221,6 +222,7 @@ async fn drive(job: Job, shared: &Shared) {
         clock: Clock::new(read_at),
         earlier: Vec::new(),
         meter: None,
+        purse: Purse::default(),
         delivered_tokens: 0,
     };
     let parent = match driver.wait(&before, parent).await {
@@ -242,16 +244,22 @@ async fn drive(job: Job, shared: &Shared) {
     let prepare_only = create.prepare_only;
     let asked = create.settings.model.clone().unwrap_or_default();
     let begun = driver.begin(&mut create, parent, created_at_ms).await;
-    let open = match begun {
+    let mut open = match begun {
         Ok(open) => open,
         Err(error) => {
             driver.refuse(error).await;
             return driver.close().await;
         }
     };
+    driver.purse = driver.shared.wallet.begin(&open.model().name);
+    if !prepare_only && let Err(spent) = driver.afford(&mut open) {
+        driver.refuse(quota(&spent)).await;
+        return driver.close().await;
+    }
     match driver.reserve(&open, asked).await {
         Ok(Ok(meter)) => driver.meter = Some(meter),
         Ok(Err(Full)) => {
+            driver.purse.abandon();
             let error = Error::new(Code::RateLimitExceeded, Full.to_string());
             let retry_after = Some(RECORD_RETRY);
             driver
@@ -263,6 +271,7 @@ async fn drive(job: Job, shared: &Shared) {
             return driver.close().await;
         }
         Err(stop) => {
+            driver.purse.abandon();
             driver.stopped_early(stop).await;
             return driver.close().await;
         }
@@ -361,6 +370,8 @@ struct Driver<'a> {
     earlier: Vec<SampleReport>,
     /// Of the response, from its dispatch to its end.
     meter: Option<Meter>,
+    /// What the response pays from.
+    purse: Purse,
     /// Sampled tokens whose events were handed to a client that was there.
     delivered_tokens: u64,
 }
@@ -508,16 +519,33 @@ impl Driver<'_> {
     }
 
     /// Samples, and samples again for as long as there is input for it.
+    /// The first sample is afforded already.
     async fn rounds(&mut self, mut open: Open) {
         loop {
             let mut events = Vec::new();
-            let next = match self.round(&mut open, &mut events).await {
+            let begun = Instant::now();
+            let before = (open.usage(), open.open_calls().len());
+            let ended = self.round(&mut open, &mut events).await;
+            if !matches!(ended, Err(Broken::Unbegun(_))) {
+                let (usage, calls) = (open.usage(), open.open_calls().len());
+                self.purse.settle_sample(
+                    millis(begun.elapsed()),
+                    calls.saturating_sub(before.1) as u64,
+                    (usage.cached_tokens - before.0.cached_tokens).into(),
+                    now_ms(),
+                );
+            }
+            let next = match ended {
                 Ok(end) => open.end_round(end, &mut events),
                 Err(Broken::Cancelled) => return self.cancelled(&open).await,
                 Err(Broken::Failed(error)) => return self.failed(open, error, events).await,
                 Err(Broken::Unbegun(error)) => match self.hand_over(&mut open) {
                     true => {
                         self.clock.mark(|timing| &mut timing.rendered);
+                        if self.afford(&mut open).is_err() {
+                            let end = End::Incomplete(IncompleteReason::Budget);
+                            return self.finish(open, end, events).await;
+                        }
                         continue;
                     }
                     false => return self.failed(open, error, events).await,
@@ -554,6 +582,10 @@ impl Driver<'_> {
                 }
             }
             match open.prepare(true) {
+                Ok(()) if self.afford(&mut open).is_err() => {
+                    let end = End::Incomplete(IncompleteReason::Budget);
+                    return self.finish(open, end, Vec::new()).await;
+                }
                 Ok(()) => self.clock.mark(|timing| &mut timing.rendered),
                 // What was sampled and sent is kept: it can be continued once it fits.
                 Err(error) if error.code == Code::ContextLengthExceeded => {
@@ -579,6 +611,9 @@ impl Driver<'_> {
             "another model takes over"
         );
         tracing::Span::current().record("model", &*next.name);
+        // The other one may have other budgets.
+        self.purse.abandon();
+        self.purse = self.shared.wallet.begin(&next.name);
         match open.hand_over(next, &self.shared.heads) {
             Ok(()) => {
                 if let Some(meter) = &mut self.meter {
@@ -607,6 +642,8 @@ impl Driver<'_> {
         // Waited for all the while, once.
         let stops = self.stops.clone();
         let mut stopped = std::pin::pin!(stops.stopped());
+        let time_left = self.purse.time_left_ms(now_ms());
+        let mut time_over = std::pin::pin!(sleep_for(time_left));
         let mut first = true;
         loop {
             // Room for the events comes first: a client that does not read is not sampled for.
@@ -627,6 +664,7 @@ impl Driver<'_> {
                 tokio::select! {
                     biased;
                     stop = &mut stopped => return stop.into_round(),
+                    () = &mut time_over => return Ok(RoundEnd::Spent),
                     control = receive(&mut self.controls) => self.control(control, open).await,
                     chunk = chunks.next() => break chunk,
                 }
@@ -650,12 +688,19 @@ impl Driver<'_> {
                 first = false;
                 self.clock.mark(|timing| &mut timing.first_token);
             }
+            let sampled = open.usage().output_tokens;
             let end = open.chunk(chunk, events);
+            let sampled = open.usage().output_tokens - sampled;
+            let spent = self.purse.output(sampled.into(), now_ms()).is_err();
             let counts = self.counts(open);
             if let Some(meter) = &mut self.meter {
                 meter.checkpoint(counts);
             }
-            let end = end.map_err(Broken::Failed)?;
+            let end = match end.map_err(Broken::Failed)? {
+                // The limit of tokens was the budget's, if it has no more.
+                None | Some(RoundEnd::Length) if spent => Some(RoundEnd::Spent),
+                end => end,
+            };
             if let Some(end) = end {
                 self.clock.mark(|timing| &mut timing.last_token);
                 return Ok(end);
@@ -770,6 +815,13 @@ impl Driver<'_> {
         }
         events.push(done);
         self.send(events).await;
+    }
+
+    /// Reserves what the sample needs that begins next, and limits its answer to what is left.
+    fn afford(&mut self, open: &mut Open) -> Result<(), Spent> {
+        let afforded = self.purse.sample(open.prompt_tokens().into(), now_ms())?;
+        open.afford(afforded.map(|left| u32::try_from(left).unwrap_or(u32::MAX)));
+        Ok(())
     }
 
     /// Room for the record of the response, without which it must not be sampled.
@@ -990,6 +1042,31 @@ fn from_backend(error: BackendError) -> Error {
         BackendError::Refused { .. } => Error::new(Code::InvalidRequest, message),
         BackendError::Failed { .. } => Error::new(Code::BackendError, message),
     }
+}
+
+/// A create that no budget has anything left for.
+fn quota(spent: &Spent) -> Error {
+    Error {
+        retry_after: spent.full_in_ms.map(Duration::from_millis),
+        ..Error::new(Code::InsufficientQuota, spent.to_string())
+    }
+}
+
+/// Never where there is no limit.
+async fn sleep_for(millis: Option<u64>) {
+    match millis {
+        Some(millis) => tokio::time::sleep(Duration::from_millis(millis)).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Milliseconds since 1970.
+fn now_ms() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
 }
 
 /// What serves the response now.

@@ -31,6 +31,7 @@ pub mod tokenizer;
 // Level 2, seams: what samples, and what a model is made of.
 pub mod backend;
 pub mod billing;
+pub mod budget;
 pub mod model;
 pub mod request;
 pub mod safety;

@@ -129,6 +129,8 @@ pub struct Open {
     sampled_before: u32,
     report: PromptReport,
     finish: Option<Finish>,
+    /// Tokens that budgets leave for the next sample.
+    afforded: Option<u32>,
     round: Option<Round>,
 }
 
@@ -233,6 +235,8 @@ pub enum RoundEnd {
     Boundary,
     /// The engine's own monitor ended it.
     Filtered,
+    /// A budget is spent.
+    Spent,
     /// The client or the server went away.
     Interrupted,
 }
@@ -384,6 +388,7 @@ impl Open {
             sampled_before: 0,
             report: PromptReport::default(),
             finish: None,
+            afforded: None,
             round: None,
             parent,
             model,
@@ -706,7 +711,22 @@ impl Open {
             .unwrap_or(self.model.output_tokens_max)
             .min(self.model.output_tokens_max);
         let room = self.model.tokens_max().saturating_sub(self.report.tokens);
-        asked.saturating_sub(self.usage.output_tokens).min(room)
+        let afforded = self.afforded.unwrap_or(u32::MAX);
+        asked
+            .saturating_sub(self.usage.output_tokens)
+            .min(room)
+            .min(afforded)
+    }
+
+    /// Tokens of the prompt that was prepared last.
+    #[must_use]
+    pub fn prompt_tokens(&self) -> u32 {
+        self.report.tokens
+    }
+
+    /// A budget leaves so many tokens for the next sample. `None`: none limits it.
+    pub fn afford(&mut self, tokens: Option<u32>) {
+        self.afforded = tokens;
     }
 
     /// Conversations that share a prefix share it: the root's id, or what the client chose.
@@ -803,6 +823,7 @@ impl Open {
         };
         round.finish(end, self, events);
         let (draft, outputs, output_index) = round.into_parts();
+        self.afforded = None;
         self.output_index = output_index;
         self.rope = self.rope.with_sampled(draft);
         let called = outputs.iter().any(|new| new.item.call().is_some());
@@ -816,11 +837,12 @@ impl Open {
             RoundEnd::Stop | RoundEnd::Boundary => Some(Finish::Stop),
             RoundEnd::Length => Some(Finish::Length),
             RoundEnd::Filtered => Some(Finish::ContentFilter),
-            RoundEnd::Interrupted => None,
+            RoundEnd::Spent | RoundEnd::Interrupted => None,
         };
         match end {
             RoundEnd::Length => Next::Finish(End::Incomplete(IncompleteReason::MaxOutputTokens)),
             RoundEnd::Filtered => Next::Finish(End::Incomplete(IncompleteReason::ContentFilter)),
+            RoundEnd::Spent => Next::Finish(End::Incomplete(IncompleteReason::Budget)),
             RoundEnd::Interrupted => Next::Finish(End::Incomplete(IncompleteReason::Interrupted)),
             RoundEnd::Stop | RoundEnd::Boundary => self.next(),
         }

@@ -18,6 +18,7 @@ use crate::{
     auth::Principal,
     backend::router::{BreakerState, ReplicaStatus},
     billing::{Account, Biller},
+    budget::Budgets,
     drain::Drain,
     item::{Item, ResponseId},
     ledger::Source,
@@ -57,6 +58,8 @@ pub struct Parts {
     pub archive: Arc<Archive>,
     /// What keeps usage.
     pub biller: Arc<dyn Biller>,
+    /// What may be used.
+    pub budgets: Arc<Budgets>,
     /// Limits of a stream.
     pub limits: Limits,
     /// Limits of a request.
@@ -118,6 +121,9 @@ impl Services {
                 parts.responses_held_max,
             ),
             archive: parts.archive.clone(),
+            wallet: parts
+                .budgets
+                .wallet(principal.tenant.as_str(), &principal.key_id),
             account: Account::new(
                 parts.biller.clone(),
                 principal.tenant.clone(),

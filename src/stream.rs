@@ -29,6 +29,7 @@ use tracing::Instrument as _;
 use crate::{
     archive::Archive,
     billing::Account,
+    budget::Wallet,
     event::{Code, Envelope, Error, Event},
     item::{LaneName, RequestId, ResponseId},
     lane::{Cancel, Control, Job, Parent, Place, Turn, What},
@@ -116,6 +117,8 @@ pub struct Shared {
     pub archive: Arc<Archive>,
     /// What its responses are charged to.
     pub account: Account,
+    /// What its responses pay from.
+    pub wallet: Wallet,
     /// How long and how much.
     pub limits: Limits,
     /// Where events go.

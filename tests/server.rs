@@ -19,6 +19,8 @@ mod vocab;
 #[path = "server/wire.rs"]
 mod wire;
 
+#[path = "server/budgets.rs"]
+mod budgets;
 #[path = "server/calls.rs"]
 mod calls;
 #[path = "server/command_line.rs"]

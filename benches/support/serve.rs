@@ -145,6 +145,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         models: Arc::new(Models::new(model, Vec::new())),
         heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
         archive: Archive::new(sessions),
+        budgets: Arc::default(),
         biller: Arc::new(Logged::new("".into())),
         limits: config.stream.limits(),
         request_limits: RequestLimits {

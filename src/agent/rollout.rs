@@ -702,7 +702,9 @@ impl<W: Write> Rollout<W> {
                 self.close_response();
                 match done.incomplete_reason() {
                     IncompleteReason::ContentFilter => Ok(Some(Outcome::Filtered)),
-                    IncompleteReason::MaxOutputTokens => Ok(Some(Outcome::CutShort)),
+                    IncompleteReason::MaxOutputTokens | IncompleteReason::Budget => {
+                        Ok(Some(Outcome::CutShort))
+                    }
                     // A tool took longer than the server holds a response, or the server stops.
                     IncompleteReason::Interrupted | IncompleteReason::Unspecified => {
                         self.retry_later(&Error {

@@ -138,6 +138,7 @@ fn reason_name(reason: IncompleteReason) -> &'static str {
         IncompleteReason::MaxOutputTokens => "max_output_tokens",
         IncompleteReason::ContentFilter => "content_filter",
         IncompleteReason::Interrupted => "interrupted",
+        IncompleteReason::Budget => "budget",
     }
 }
 

@@ -43,6 +43,7 @@ impl Config {
             }
         }
         self.check_models()?;
+        self.check_budgets()?;
         self.gate()?;
         Ok(())
     }
@@ -198,6 +199,48 @@ impl Config {
         Ok(())
     }
 
+    fn check_budgets(&self) -> Result<(), ConfigError> {
+        let conflict = |reason| Err(ConfigError::Conflict { reason });
+        for (index, budget) in self.budgets.iter().enumerate() {
+            if let Err(reason) = budget.check() {
+                return conflict(format!("budget[{index}]: {reason}"));
+            }
+            if self.budgets[..index]
+                .iter()
+                .any(|other| other.name == budget.name)
+            {
+                return conflict(format!("two budgets have the name {}", budget.name));
+            }
+            let known = |name: &String| self.models.iter().any(|model| model.name == *name);
+            if let Some(unknown) = budget.models.iter().find(|name| !known(name)) {
+                return conflict(format!("budget[{index}]: no model has the name {unknown}"));
+            }
+            if budget.cost_max > 0.0 && self.prices.is_empty() {
+                return conflict(format!(
+                    "budget[{index}]: cost_max is set, and there is no price"
+                ));
+            }
+        }
+        for (index, price) in self.prices.iter().enumerate() {
+            if let Err(reason) = price.check() {
+                return conflict(format!("price[{index}]: {reason}"));
+            }
+            if self.prices[..index]
+                .iter()
+                .any(|other| other.model == price.model)
+            {
+                return conflict(format!("two prices are for the model {}", price.model));
+            }
+            if !self.models.iter().any(|model| model.name == price.model) {
+                return conflict(format!(
+                    "price[{index}]: no model has the name {}",
+                    price.model
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn check_alias(&self, alias: &Alias) -> Result<(), String> {
         if alias.to.is_empty() {
             return Err("it stands for nothing".to_owned());
@@ -222,7 +265,7 @@ impl Config {
     pub(super) fn ranges(&self) -> Vec<(&'static str, u64, RangeInclusive<u64>)> {
         const DAY_SECS: u64 = 24 * 3600;
         const GIB: u64 = 1 << 30;
-        let Self { server, stream, request, cache, store, billing, routing: _, auth: _, log: _, models: _, aliases: _, api_keys: _, secrets: _ } = self;
+        let Self { server, stream, request, cache, store, billing, routing: _, auth: _, log: _, models: _, aliases: _, budgets: _, prices: _, api_keys: _, secrets: _ } = self;
         let count = |number: usize| number as u64;
         vec![
             // Under 64 KiB a create with a few tools would not fit; a message is held in memory

@@ -414,6 +414,8 @@ fn the_pages_show_configurations_that_work() {
         ("cerebras.md", include_str!("../../docs/cerebras.md"), 2),
         ("routing.md", include_str!("../../docs/routing.md"), 1),
         ("local.md", include_str!("../../docs/local.md"), 2),
+        ("budgets.md", include_str!("../../docs/budgets.md"), 1),
+        ("billing.md", include_str!("../../docs/billing.md"), 1),
     ];
     for (page, text, count) in pages {
         let blocks = text.split("```toml\n").skip(1);

@@ -274,7 +274,9 @@ impl Round {
     pub(super) fn finish(&mut self, end: RoundEnd, open: &mut Open, events: &mut Vec<Event>) {
         let status = match end {
             RoundEnd::Stop | RoundEnd::Boundary => ItemStatus::Completed,
-            RoundEnd::Length | RoundEnd::Filtered | RoundEnd::Interrupted => ItemStatus::Incomplete,
+            RoundEnd::Length | RoundEnd::Filtered | RoundEnd::Spent | RoundEnd::Interrupted => {
+                ItemStatus::Incomplete
+            }
         };
         if self.stage == Stage::Running {
             self.stage = Stage::Ending;

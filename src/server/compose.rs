@@ -12,6 +12,7 @@ use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
     billing::{Biller, Billing, Export, Jsonl, Logged, OpenError},
+    budget::Budgets,
     config::{self, Config, ExportKind},
     model::Models,
     proto::{
@@ -57,6 +58,7 @@ pub(super) fn services(
         heads,
         archive,
         biller: biller(&config.billing)?,
+        budgets: Arc::new(Budgets::new(&config.budgets, &config.prices)),
         limits: stream.limits(),
         request_limits: RequestLimits {
             items_max: config.request.items_max,

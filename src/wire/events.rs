@@ -176,6 +176,7 @@ pub fn status(status: &Status) -> (pb::ResponseStatus, pb::IncompleteReason) {
                 IncompleteReason::MaxOutputTokens => pb::IncompleteReason::MaxOutputTokens,
                 IncompleteReason::ContentFilter => pb::IncompleteReason::ContentFilter,
                 IncompleteReason::Interrupted => pb::IncompleteReason::Interrupted,
+                IncompleteReason::Budget => pb::IncompleteReason::Budget,
             };
             (pb::ResponseStatus::Incomplete, reason)
         }

@@ -147,6 +147,7 @@ impl Server {
             models: self.models.clone(),
             heads: self.heads.clone(),
             held,
+            wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(tenant.into()),
             archive: self.archive.clone(),
             limits: STREAM,

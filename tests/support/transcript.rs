@@ -137,6 +137,7 @@ impl House {
                 self.responses_held_max,
             ),
             archive: Archive::new(self.sessions.clone()),
+            wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(Tenant::from(tenant)),
             limits: self.limits,
             out,
@@ -853,6 +854,7 @@ fn done_line(done: &Done) -> String {
             IncompleteReason::MaxOutputTokens => "incomplete (max_output_tokens)".to_owned(),
             IncompleteReason::ContentFilter => "incomplete (content_filter)".to_owned(),
             IncompleteReason::Interrupted => "incomplete (interrupted)".to_owned(),
+            IncompleteReason::Budget => "incomplete (budget)".to_owned(),
         },
     };
     let finish = match done.finish_reason() {

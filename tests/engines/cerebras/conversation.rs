@@ -64,6 +64,7 @@ impl Stream {
             heads: Arc::new(Heads::new(1 << 20)),
             held: Held::new(sessions.clone(), Tenant::from("tenant"), 1_000),
             archive: Archive::new(sessions),
+            wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(Tenant::from("tenant")),
             limits,
             out,
