@@ -14,7 +14,8 @@ pub struct Meter {
     writing: Option<Writing>,
     totals: Arc<Mutex<Charged>>,
     counts: Counts,
-    settled: bool,
+    /// How the record is settled where nobody does. `None` once it is.
+    otherwise: Option<Settlement>,
 }
 
 /// Where a meter writes to, and when next.
@@ -120,13 +121,14 @@ impl Meter {
             writing: None,
             totals: Arc::default(),
             counts: Counts::default(),
-            settled: false,
+            otherwise: Some(Settlement::REFUSED),
         }
     }
 
-    /// Adds what it settles to these totals.
+    /// The response is dispatched; what it settles is added to these totals.
     pub(super) fn on(mut self, totals: Arc<Mutex<Charged>>) -> Self {
         self.totals = totals;
+        self.otherwise = Some(Settlement::ABANDONED);
         self
     }
 
@@ -167,7 +169,7 @@ impl Meter {
     }
 
     fn close(&mut self, settlement: Settlement, counts: Counts) -> Receipt {
-        self.settled = true;
+        self.otherwise = None;
         log(&settlement, &counts);
         self.write(|state| {
             state.counts = counts;
@@ -199,8 +201,8 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        if !self.settled {
-            self.close(Settlement::ABANDONED, self.counts);
+        if let Some(settlement) = self.otherwise.take() {
+            self.close(settlement, self.counts);
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{
     AtBound, Biller, BillingOptions, Durability, Full, Journal, Meter, OpenError, Record,
-    Reservation,
+    Reservation, Reserve,
     export::{self, Export},
     journal::Reading,
     meter::Entry,
@@ -223,7 +223,17 @@ impl Biller for Billing {
             let id = record_id(&self.journal_id, &reservation.response);
             let version = self.options.price_book_version.clone();
             let to = (self.behind.clone(), self.options.pace, room);
-            Ok(Meter::written(id, reservation, version, to))
+            let meter = Meter::written(id, reservation, version, to);
+            match self.options.reserve {
+                Reserve::Behind => {}
+                Reserve::First => {
+                    let written = tokio::time::timeout(self.options.block_time_max, self.flush());
+                    if written.await.is_err() || self.behind.waiting.lock().ended {
+                        return Err(Full);
+                    }
+                }
+            }
+            Ok(meter)
         })
     }
 

@@ -16,6 +16,7 @@ fn options() -> BillingOptions {
         backlog_records_max: 100,
         at_bound: AtBound::Shed,
         block_time_max: Duration::from_secs(5),
+        reserve: Reserve::Behind,
         pace: Pace {
             tokens: 10,
             time: NEVER,
@@ -225,6 +226,31 @@ async fn at_the_bound_a_create_is_shed_or_waits() {
         assert_eq!(ends.len(), 3, "{at_bound:?}");
         memory.changes.lock().clear();
     }
+}
+
+#[tokio::test]
+async fn where_it_is_reserved_first_a_create_waits_until_it_is_written() {
+    let memory = Memory::default();
+    let first = BillingOptions {
+        reserve: Reserve::First,
+        ..options()
+    };
+    let billing = over(&memory, first);
+    let account = account(&billing);
+    let meter = begin(&account, "resp_1").await.unwrap();
+    assert_eq!(memory.records().len(), 1);
+    memory.broken.store(true, Ordering::Relaxed);
+    tokio::time::pause();
+    assert_eq!(begin(&account, "resp_2").await.err(), Some(Full));
+    tokio::time::resume();
+    memory.broken.store(false, Ordering::Relaxed);
+    meter.settle(completed(), counts(1));
+    billing.flush().await;
+    let records = memory.records();
+    let mut ends: Vec<_> = records.iter().map(|it| it.end.to_string()).collect();
+    ends.retain(|end| !end.is_empty());
+    ends.sort_unstable();
+    assert_eq!(ends, ["completed", "refused"]);
 }
 
 #[tokio::test]

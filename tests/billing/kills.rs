@@ -17,7 +17,8 @@ use super::{
     sinks::exported,
 };
 
-const KILLS: usize = 40;
+/// Of each of the two ways to reserve.
+const KILLS: usize = 20;
 
 /// Rollouts that run at once.
 const ROLLOUTS: usize = 3;
@@ -128,7 +129,17 @@ struct Tally {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_written_before_a_kill_is_on_exactly_one_record() {
-    let place = Place::new(CONFIG);
+    kills("behind").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_it_is_reserved_first_every_response_that_was_seen_has_a_record() {
+    let tally = kills("first").await;
+    assert_eq!(tally.unwritten, 0);
+}
+
+async fn kills(reserve: &str) -> Tally {
+    let place = Place::new(&format!("reserve = \"{reserve}\"\n{CONFIG}"));
     let mut tally = Tally::default();
     let mut all: BTreeMap<String, Seen> = BTreeMap::new();
     let mut program = place.start().await;
@@ -204,7 +215,7 @@ async fn what_was_written_before_a_kill_is_on_exactly_one_record() {
     let sink = place.path("usage.jsonl");
     until(|| exported(&sink).0 == ids).await;
     println!(
-        "kills {KILLS}, records {}, tokens {}; left open by the kills {} with {} tokens; \
+        "reserved {reserve}: kills {KILLS}, records {}, tokens {}; left open by the kills {} with {} tokens; \
          responses seen {}, of these begun just before a kill and not written {}, \
          done just before a kill and settled as interrupted {}; lines exported {}; {:.1} s",
         rows.len(),
@@ -217,4 +228,5 @@ async fn what_was_written_before_a_kill_is_on_exactly_one_record() {
         exported(&sink).1,
         took.as_secs_f32(),
     );
+    tally
 }
