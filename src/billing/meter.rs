@@ -31,6 +31,7 @@ pub(super) struct Entry {
     id: Arc<str>,
     reservation: Reservation,
     price_book_version: Arc<str>,
+    began: Instant,
     state: Mutex<State>,
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -38,20 +39,33 @@ pub(super) struct Entry {
 struct State {
     served: Served,
     counts: Counts,
-    settled: Option<(Settlement, u64)>,
+    settled: Option<Settled>,
     /// It waits to be written.
     queued: bool,
 }
 
+/// How it ended, and when: as a date, and how long after it began.
+struct Settled {
+    settlement: Settlement,
+    at_ms: u64,
+    stream_ms: u64,
+}
+
 impl Entry {
+    /// How long ago it began.
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// The record as it stands now. What changes later must be queued again.
     pub(super) fn take(&self) -> Record {
         let mut state = self.state.lock();
         state.queued = false;
         let reserved = &self.reservation;
         let settled = state.settled.as_ref();
-        let text = |of: fn(&Settlement) -> &'static str| settled.map_or("", |it| of(&it.0)).into();
-        let until = settled.map_or_else(now_ms, |it| it.1);
+        let text = |of: fn(&Settlement) -> &'static str| {
+            settled.map_or("", |it| of(&it.settlement)).into()
+        };
         Record {
             id: self.id.clone(),
             response: reserved.response.as_str().into(),
@@ -62,13 +76,13 @@ impl Entry {
             model_served: state.served.model.clone(),
             backend: state.served.backend.clone(),
             counts: state.counts,
-            stream_ms: until.saturating_sub(reserved.reserved_at_ms),
+            stream_ms: settled.map_or_else(|| self.age_ms(), |it| it.stream_ms),
             end: text(|it| it.end),
             reason: text(|it| it.reason),
             finish: text(|it| it.finish),
             price_book_version: self.price_book_version.clone(),
             reserved_at_ms: reserved.reserved_at_ms,
-            settled_at_ms: settled.map(|it| it.1),
+            settled_at_ms: settled.map(|it| it.at_ms),
         }
     }
 }
@@ -115,6 +129,7 @@ impl Meter {
                 id,
                 reservation,
                 price_book_version,
+                began: Instant::now(),
                 state: Mutex::new(state),
                 _room: room,
             }),
@@ -171,9 +186,14 @@ impl Meter {
     fn close(&mut self, settlement: Settlement, counts: Counts) -> Receipt {
         self.otherwise = None;
         log(&settlement, &counts);
+        let settled = Settled {
+            settlement,
+            at_ms: now_ms(),
+            stream_ms: self.entry.age_ms(),
+        };
         self.write(|state| {
             state.counts = counts;
-            state.settled = Some((settlement, now_ms()));
+            state.settled = Some(settled);
         });
         let response = counts.charged();
         let mut totals = self.totals.lock();

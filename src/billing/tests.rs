@@ -516,6 +516,29 @@ async fn a_sink_that_was_down_all_the_while_gets_everything_from_the_next_start(
     assert_eq!(taken, all);
 }
 
+#[tokio::test]
+async fn a_journal_that_is_stuck_keeps_nobody_from_ending() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let shelf = Shelf::default();
+    let billing = exporting(&path, &shelf);
+    let meter = begin(&account(&billing), "resp_1").await.unwrap();
+    meter.settle(completed(), counts(1));
+    billing.flush().await;
+    let stuck = rusqlite::Connection::open(&path).unwrap();
+    stuck.busy_timeout(NEVER).unwrap();
+    stuck.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let since = std::time::Instant::now();
+    tokio::task::spawn_blocking(move || drop(billing))
+        .await
+        .unwrap();
+    assert!(since.elapsed() < NEVER / 2, "{:?}", since.elapsed());
+    stuck.execute_batch("ROLLBACK").unwrap();
+    // Nothing was lost by that: it was settled before.
+    drop(Journal::open(&path, Durability::Normal, 0).unwrap());
+    assert_eq!(settled(&path), ["resp_1 completed 1"]);
+}
+
 #[test]
 fn a_file_of_lines_is_moved_away_when_it_is_full() {
     let dir = TempDir::new().unwrap();
