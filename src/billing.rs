@@ -92,6 +92,18 @@ pub enum Durability {
     Full,
 }
 
+/// Whether a response waits for its reservation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reserve {
+    /// No: it is written behind the loop's back. A process that is killed may leave a response of which a
+    /// client has seen the first events, and which has no record.
+    #[default]
+    Behind,
+    /// Yes: it is dispatched, and a client hears of it, once its reservation is written.
+    First,
+}
+
 /// How much waits, and how often it is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BillingOptions {
@@ -99,8 +111,10 @@ pub struct BillingOptions {
     pub backlog_records_max: usize,
     /// What happens at that number.
     pub at_bound: AtBound,
-    /// How long a create waits for room.
+    /// How long a create waits for room, or for its reservation.
     pub block_time_max: Duration,
+    /// Whether it waits for its reservation.
+    pub reserve: Reserve,
     /// When the counts of a response that samples are written.
     pub pace: Pace,
     /// How long a record is kept that is settled and exported.

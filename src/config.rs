@@ -25,7 +25,7 @@ use crate::{
         gpu::GpuOptions,
         router::RoutingOptions,
     },
-    billing::{AtBound, BillingOptions, Durability, Pace, Retries},
+    billing::{AtBound, BillingOptions, Durability, Pace, Reserve, Retries},
     budget::{BudgetOptions, Price},
     stream::Limits,
 };
@@ -322,8 +322,10 @@ pub struct Billing {
     pub backlog_records_max: usize,
     /// What happens to a create at that number.
     pub at_bound: AtBound,
-    /// How long it waits for room with `block`, in seconds.
+    /// How long it waits, for room with `block`, and for its reservation, in seconds.
     pub block_secs_max: u64,
+    /// Whether it waits until its reservation is written.
+    pub reserve: Reserve,
     /// After how many sampled tokens of a response its counts are written,
     pub checkpoint_tokens: u64,
     /// and after how many milliseconds at the latest.
@@ -345,6 +347,7 @@ impl Default for Billing {
             backlog_records_max: 65_536,
             at_bound: AtBound::Block,
             block_secs_max: 5,
+            reserve: Reserve::Behind,
             checkpoint_tokens: 64,
             checkpoint_ms: 250,
             retention_secs: 30 * 24 * 3600,
@@ -362,6 +365,7 @@ impl Billing {
             backlog_records_max: self.backlog_records_max,
             at_bound: self.at_bound,
             block_time_max: Duration::from_secs(self.block_secs_max),
+            reserve: self.reserve,
             pace: Pace {
                 tokens: self.checkpoint_tokens,
                 time: Duration::from_millis(self.checkpoint_ms),

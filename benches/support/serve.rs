@@ -18,7 +18,10 @@ use hotloop::{
         Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd,
         router::{Replica, Router},
     },
-    billing::Logged,
+    billing::{
+        AtBound, Biller, Billing, BillingOptions, Change, Durability, Journal, Logged, Medium,
+        MediumError, Reserve,
+    },
     config::Config,
     drain::Drain,
     files::{BuiltIn, Files},
@@ -41,6 +44,9 @@ use super::workload::Step;
 /// What tells this program to be a server, and which.
 const ROLE: &str = "HOTLOOP_BENCH_SERVER";
 
+/// How many records may wait at a server that is told to be `full`.
+pub const BACKLOG_OF_THE_FULL: usize = 200;
+
 /// The name of the encoder that is always right, and slow.
 pub const HUGGING_FACE: &str = "huggingface";
 
@@ -52,7 +58,7 @@ pub struct Server {
 
 impl Server {
     /// Starts this very program again, as a server of this kind: `echo`, or the backend's tokens a second, and behind
-    /// slashes the tokens of a chunk at most, and the encoder.
+    /// slashes the tokens of a chunk at most, the encoder, and how usage is kept.
     pub fn start(role: &str) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .env(ROLE, role)
@@ -80,6 +86,10 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        for ending in ["", "-wal", "-shm", ".lock"] {
+            // It may have kept none.
+            let _ = std::fs::remove_file(journal_path(self.id(), ending));
+        }
     }
 }
 
@@ -102,13 +112,64 @@ pub fn serve_if_told() {
             let mut parts = role.split('/');
             let mut part = || parts.next().unwrap_or("0");
             let (pace, chunk) = (part().parse().unwrap(), part().parse().unwrap());
-            serve(listener, pace, chunk, part()).await;
+            let tokenizer = part().to_owned();
+            serve(listener, pace, chunk, &tokenizer, biller(part())).await;
         }
     });
     std::process::exit(0);
 }
 
-async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, tokenizer: &str) {
+/// A journal that takes its time, or that cannot be written: `None`.
+struct Slow(Journal, Option<Duration>);
+
+impl Medium for Slow {
+    fn commit(&mut self, changes: &[Change]) -> Result<(), MediumError> {
+        std::thread::sleep(self.1.ok_or_else(|| MediumError("down".into()))?);
+        self.0.commit(changes)
+    }
+}
+
+/// What keeps usage: `log`, `journal`, `first`, `down`, `full`, or the milliseconds of a transaction.
+fn biller(told: &str) -> Arc<dyn Biller> {
+    let mut options = Config::default().billing.options();
+    let time = match told {
+        "log" | "0" => return Arc::new(Logged::new("".into())),
+        "journal" => Some(Duration::ZERO),
+        "first" => {
+            options.reserve = Reserve::First;
+            Some(Duration::ZERO)
+        }
+        "down" => None,
+        "full" => {
+            options.at_bound = AtBound::Shed;
+            options.backlog_records_max = BACKLOG_OF_THE_FULL;
+            None
+        }
+        time => Some(Duration::from_millis(time.parse().unwrap())),
+    };
+    Arc::new(journal(time, options))
+}
+
+/// A file of the journal of this process.
+fn journal_path(process: u32, ending: &str) -> std::path::PathBuf {
+    super::report::out().join(format!("usage-{process}{ending}"))
+}
+
+/// A journal on the disk that the program was built on. Whoever started this process removes it.
+fn journal(time: Option<Duration>, options: BillingOptions) -> Billing {
+    let path = journal_path(std::process::id(), "");
+    let journal = Journal::open(&path, Durability::Normal, 0).unwrap();
+    let id = journal.id().clone();
+    Billing::new(Slow(journal, time), id, options, Vec::new()).unwrap()
+}
+
+async fn serve(
+    listener: TcpListener,
+    tokens_per_second: f64,
+    chunk: usize,
+    tokenizer: &str,
+    biller: Arc<dyn Biller>,
+) {
     let config = Config::default();
     let mut artifacts = Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap();
     if tokenizer == HUGGING_FACE {
@@ -146,7 +207,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
         archive: Archive::new(sessions),
         budgets: Arc::default(),
-        biller: Arc::new(Logged::new("".into())),
+        biller,
         limits: config.stream.limits(),
         request_limits: RequestLimits {
             items_max: 1 << 20,

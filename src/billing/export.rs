@@ -213,3 +213,6 @@ impl Courier<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

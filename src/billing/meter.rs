@@ -14,7 +14,8 @@ pub struct Meter {
     writing: Option<Writing>,
     totals: Arc<Mutex<Charged>>,
     counts: Counts,
-    settled: bool,
+    /// How the record is settled where nobody does. `None` once it is.
+    otherwise: Option<Settlement>,
 }
 
 /// Where a meter writes to, and when next.
@@ -30,6 +31,7 @@ pub(super) struct Entry {
     id: Arc<str>,
     reservation: Reservation,
     price_book_version: Arc<str>,
+    began: Instant,
     state: Mutex<State>,
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -37,20 +39,33 @@ pub(super) struct Entry {
 struct State {
     served: Served,
     counts: Counts,
-    settled: Option<(Settlement, u64)>,
+    settled: Option<Settled>,
     /// It waits to be written.
     queued: bool,
 }
 
+/// How it ended, and when: as a date, and how long after it began.
+struct Settled {
+    settlement: Settlement,
+    at_ms: u64,
+    stream_ms: u64,
+}
+
 impl Entry {
+    /// How long ago it began.
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// The record as it stands now. What changes later must be queued again.
     pub(super) fn take(&self) -> Record {
         let mut state = self.state.lock();
         state.queued = false;
         let reserved = &self.reservation;
         let settled = state.settled.as_ref();
-        let text = |of: fn(&Settlement) -> &'static str| settled.map_or("", |it| of(&it.0)).into();
-        let until = settled.map_or_else(now_ms, |it| it.1);
+        let text = |of: fn(&Settlement) -> &'static str| {
+            settled.map_or("", |it| of(&it.settlement)).into()
+        };
         Record {
             id: self.id.clone(),
             response: reserved.response.as_str().into(),
@@ -61,13 +76,13 @@ impl Entry {
             model_served: state.served.model.clone(),
             backend: state.served.backend.clone(),
             counts: state.counts,
-            stream_ms: until.saturating_sub(reserved.reserved_at_ms),
+            stream_ms: settled.map_or_else(|| self.age_ms(), |it| it.stream_ms),
             end: text(|it| it.end),
             reason: text(|it| it.reason),
             finish: text(|it| it.finish),
             price_book_version: self.price_book_version.clone(),
             reserved_at_ms: reserved.reserved_at_ms,
-            settled_at_ms: settled.map(|it| it.1),
+            settled_at_ms: settled.map(|it| it.at_ms),
         }
     }
 }
@@ -114,19 +129,21 @@ impl Meter {
                 id,
                 reservation,
                 price_book_version,
+                began: Instant::now(),
                 state: Mutex::new(state),
                 _room: room,
             }),
             writing: None,
             totals: Arc::default(),
             counts: Counts::default(),
-            settled: false,
+            otherwise: Some(Settlement::REFUSED),
         }
     }
 
-    /// Adds what it settles to these totals.
+    /// The response is dispatched; what it settles is added to these totals.
     pub(super) fn on(mut self, totals: Arc<Mutex<Charged>>) -> Self {
         self.totals = totals;
+        self.otherwise = Some(Settlement::ABANDONED);
         self
     }
 
@@ -167,11 +184,16 @@ impl Meter {
     }
 
     fn close(&mut self, settlement: Settlement, counts: Counts) -> Receipt {
-        self.settled = true;
+        self.otherwise = None;
         log(&settlement, &counts);
+        let settled = Settled {
+            settlement,
+            at_ms: now_ms(),
+            stream_ms: self.entry.age_ms(),
+        };
         self.write(|state| {
             state.counts = counts;
-            state.settled = Some((settlement, now_ms()));
+            state.settled = Some(settled);
         });
         let response = counts.charged();
         let mut totals = self.totals.lock();
@@ -199,8 +221,8 @@ impl Meter {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        if !self.settled {
-            self.close(Settlement::ABANDONED, self.counts);
+        if let Some(settlement) = self.otherwise.take() {
+            self.close(settlement, self.counts);
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{
     AtBound, Biller, BillingOptions, Durability, Full, Journal, Meter, OpenError, Record,
-    Reservation,
+    Reservation, Reserve,
     export::{self, Export},
     journal::Reading,
     meter::Entry,
@@ -27,6 +27,8 @@ const GROUP_MAX: usize = 512;
 /// How long the writer rests before it tries again what failed: from, doubling, at most.
 const REST_MIN: Duration = Duration::from_millis(50);
 const REST_MAX: Duration = Duration::from_secs(2);
+/// How long a change of an exporter may take to be written once the server stops.
+const NOTE_TIME_MAX: Duration = Duration::from_secs(1);
 /// How often what has been kept for too long is let go of.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
@@ -223,7 +225,17 @@ impl Biller for Billing {
             let id = record_id(&self.journal_id, &reservation.response);
             let version = self.options.price_book_version.clone();
             let to = (self.behind.clone(), self.options.pace, room);
-            Ok(Meter::written(id, reservation, version, to))
+            let meter = Meter::written(id, reservation, version, to);
+            match self.options.reserve {
+                Reserve::Behind => {}
+                Reserve::First => {
+                    let written = tokio::time::timeout(self.options.block_time_max, self.flush());
+                    if written.await.is_err() || self.behind.waiting.lock().ended {
+                        return Err(Full);
+                    }
+                }
+            }
+            Ok(meter)
         })
     }
 
@@ -282,7 +294,12 @@ impl Behind {
         drop(waiting);
         self.work.notify_all();
         // Nothing is ever sent: the sender is dropped with the note, written or not.
-        let _ = written.recv();
+        while let Err(mpsc::RecvTimeoutError::Timeout) = written.recv_timeout(NOTE_TIME_MAX) {
+            // Whoever closes waits for the one that waits here.
+            if self.news.lock().closing {
+                return Err(Ended);
+            }
+        }
         match self.waiting.lock().ended {
             true => Err(Ended),
             false => Ok(()),

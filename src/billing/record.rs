@@ -97,8 +97,8 @@ impl Counts {
 /// How a response ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settlement {
-    /// `completed`, `incomplete`, `failed`, `cancelled`, `abandoned`, or `interrupted`: the process
-    /// ended before it did.
+    /// `completed`, `incomplete`, `failed`, `cancelled`; `interrupted`: the process ended before it
+    /// did; or one of those below.
     pub end: &'static str,
     /// Why it is incomplete or failed; else empty.
     pub reason: &'static str,
@@ -107,6 +107,13 @@ pub struct Settlement {
 }
 
 impl Settlement {
+    /// It was never dispatched: its reservation was not written in time, or not waited for.
+    pub const REFUSED: Self = Self {
+        end: "refused",
+        reason: "",
+        finish: "",
+    };
+
     /// Nobody said how it ended: a fault of ours.
     pub const ABANDONED: Self = Self {
         end: "abandoned",

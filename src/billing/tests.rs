@@ -9,13 +9,14 @@ use super::{journal::Reading, *};
 use crate::event::{Finish, IncompleteReason, Status, Usage};
 
 /// Long enough that reaching it is a failure, also on a busy machine.
-const NEVER: Duration = Duration::from_secs(30);
+pub(super) const NEVER: Duration = Duration::from_secs(30);
 
-fn options() -> BillingOptions {
+pub(super) fn options() -> BillingOptions {
     BillingOptions {
         backlog_records_max: 100,
         at_bound: AtBound::Shed,
         block_time_max: Duration::from_secs(5),
+        reserve: Reserve::Behind,
         pace: Pace {
             tokens: 10,
             time: NEVER,
@@ -25,7 +26,7 @@ fn options() -> BillingOptions {
     }
 }
 
-fn counts(output_tokens: u32) -> Counts {
+pub(super) fn counts(output_tokens: u32) -> Counts {
     let usage = Usage {
         input_tokens: 100,
         cached_tokens: 30,
@@ -36,11 +37,11 @@ fn counts(output_tokens: u32) -> Counts {
     Counts::new(usage, 60, output_tokens.into())
 }
 
-fn completed() -> Settlement {
+pub(super) fn completed() -> Settlement {
     Settlement::new(&Status::Completed, Some(Finish::Stop)).unwrap()
 }
 
-async fn begin(account: &Account, response: &str) -> Result<Meter, Full> {
+pub(super) async fn begin(account: &Account, response: &str) -> Result<Meter, Full> {
     let served = Served {
         model: "tiny".into(),
         backend: "sim".into(),
@@ -48,12 +49,12 @@ async fn begin(account: &Account, response: &str) -> Result<Meter, Full> {
     account.begin(response.into(), "asked".into(), served).await
 }
 
-fn account(billing: &Arc<Billing>) -> Account {
+pub(super) fn account(billing: &Arc<Billing>) -> Account {
     Account::new(billing.clone(), "acme".into(), "key".into())
 }
 
 /// All records of the file, as `response end output`, in the order of settling.
-fn settled(path: &Path) -> Vec<String> {
+pub(super) fn settled(path: &Path) -> Vec<String> {
     let records = Reading::open(path).unwrap().after(0, 1000).unwrap();
     let line =
         |(_, it): (u64, Record)| format!("{} {} {}", it.response, it.end, it.counts.output_tokens);
@@ -228,6 +229,31 @@ async fn at_the_bound_a_create_is_shed_or_waits() {
 }
 
 #[tokio::test]
+async fn where_it_is_reserved_first_a_create_waits_until_it_is_written() {
+    let memory = Memory::default();
+    let first = BillingOptions {
+        reserve: Reserve::First,
+        ..options()
+    };
+    let billing = over(&memory, first);
+    let account = account(&billing);
+    let meter = begin(&account, "resp_1").await.unwrap();
+    assert_eq!(memory.records().len(), 1);
+    memory.broken.store(true, Ordering::Relaxed);
+    tokio::time::pause();
+    assert_eq!(begin(&account, "resp_2").await.err(), Some(Full));
+    tokio::time::resume();
+    memory.broken.store(false, Ordering::Relaxed);
+    meter.settle(completed(), counts(1));
+    billing.flush().await;
+    let records = memory.records();
+    let mut ends: Vec<_> = records.iter().map(|it| it.end.to_string()).collect();
+    ends.retain(|end| !end.is_empty());
+    ends.sort_unstable();
+    assert_eq!(ends, ["completed", "refused"]);
+}
+
+#[tokio::test]
 async fn a_blocked_create_goes_on_when_there_is_room() {
     let memory = Memory::default();
     let one = BillingOptions {
@@ -306,7 +332,7 @@ fn a_settled_record_stays_as_it_is() {
 }
 
 /// A record of this response with so many tokens.
-fn record(response: &str, output: u32, settled_at_ms: Option<u64>) -> Record {
+pub(super) fn record(response: &str, output: u32, settled_at_ms: Option<u64>) -> Record {
     Record {
         id: record_id("journal", &response.into()),
         response: response.into(),
@@ -382,136 +408,6 @@ fn what_is_old_leaves_once_every_sink_has_it() {
         .unwrap();
     let last = Reading::open(&path).unwrap().after(5, 10).unwrap();
     assert_eq!((last.len(), last[0].0), (1, 6));
-}
-
-/// A sink in memory that fails when it is told to.
-#[derive(Clone, Default)]
-struct Shelf {
-    taken: Arc<Mutex<Vec<String>>>,
-    asked: Arc<Mutex<u32>>,
-    down: Arc<AtomicBool>,
-}
-
-impl Exporter for Shelf {
-    fn export(&mut self, records: &[Record]) -> std::io::Result<()> {
-        *self.asked.lock() += 1;
-        if self.down.load(Ordering::Relaxed) {
-            return Err(std::io::Error::other("down"));
-        }
-        let responses = records.iter().map(|it| it.response.to_string());
-        self.taken.lock().extend(responses);
-        Ok(())
-    }
-}
-
-fn exporting(path: &Path, shelf: &Shelf) -> Arc<Billing> {
-    let export = Export {
-        name: "shelf".into(),
-        exporter: Box::new(shelf.clone()),
-        retries: Retries {
-            attempts_max: 3,
-            rest_min: Duration::from_millis(1),
-            rest_max: Duration::from_millis(2),
-        },
-    };
-    let billing = Billing::open(path, Durability::Normal, options(), vec![export]);
-    Arc::new(billing.unwrap())
-}
-
-async fn until(what: impl Fn() -> bool) {
-    let waited = tokio::time::timeout(NEVER, async {
-        while !what() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    });
-    waited.await.unwrap();
-}
-
-#[tokio::test]
-async fn a_sink_that_fails_gets_everything_once_it_works() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("journal");
-    let shelf = Shelf::default();
-    shelf.down.store(true, Ordering::Relaxed);
-    let billing = exporting(&path, &shelf);
-    let dead = || {
-        Reading::open(&path)
-            .unwrap()
-            .dead("shelf", 0, 10)
-            .unwrap()
-            .len()
-    };
-    let account = account(&billing);
-    let settle = async |response: &str| {
-        let meter = begin(&account, response).await.unwrap();
-        meter.settle(completed(), counts(1));
-        billing.flush().await;
-    };
-    settle("resp_1").await;
-    until(|| dead() == 1).await;
-    assert_eq!(*shelf.asked.lock(), 3);
-    settle("resp_2").await;
-    until(|| dead() == 2).await;
-
-    shelf.down.store(false, Ordering::Relaxed);
-    settle("resp_3").await;
-    until(|| shelf.taken.lock().len() == 3).await;
-    until(|| dead() == 0).await;
-    assert_eq!(*shelf.taken.lock(), ["resp_3", "resp_1", "resp_2"]);
-    assert_eq!(Reading::open(&path).unwrap().cursor("shelf").unwrap(), 3);
-}
-
-#[tokio::test]
-async fn a_sink_that_was_down_all_the_while_gets_everything_from_the_next_start() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("journal");
-    let shelf = Shelf::default();
-    shelf.down.store(true, Ordering::Relaxed);
-    let billing = exporting(&path, &shelf);
-    let all: Vec<String> = (0..20).map(|n| format!("resp_{n}")).collect();
-    {
-        let account = account(&billing);
-        for response in &all {
-            let meter = begin(&account, response).await.unwrap();
-            meter.settle(completed(), counts(1));
-        }
-    }
-    drop(billing);
-    assert_eq!(*shelf.taken.lock(), Vec::<String>::new());
-
-    shelf.down.store(false, Ordering::Relaxed);
-    let billing = exporting(&path, &shelf);
-    until(|| shelf.taken.lock().len() >= all.len()).await;
-    drop(billing);
-    let mut taken = shelf.taken.lock().clone();
-    taken.sort_unstable();
-    let mut all = all;
-    all.sort_unstable();
-    assert_eq!(taken, all);
-}
-
-#[test]
-fn a_file_of_lines_is_moved_away_when_it_is_full() {
-    let dir = TempDir::new().unwrap();
-    let path = dir.path().join("usage.jsonl");
-    let one = [record("resp_1", 1, Some(2))];
-    let line = serde_json::to_string(&one[0]).unwrap() + "\n";
-    let mut sink = Jsonl::new(&path, 2 * line.len() as u64);
-    for _ in 0..5 {
-        sink.export(&one).unwrap();
-    }
-    let mut files: Vec<String> = std::fs::read_dir(dir.path())
-        .unwrap()
-        .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap())
-        .collect();
-    files.sort_unstable();
-    assert_eq!(files, [line.clone(), line.repeat(2), line.repeat(2)]);
-
-    // Half a line of a process that was killed stays alone.
-    std::fs::write(&path, "{\"half").unwrap();
-    sink.export(&one).unwrap();
-    let text = std::fs::read_to_string(&path).unwrap();
-    assert_eq!(text, format!("{{\"half\n{line}"));
 }
 
 #[test]
