@@ -25,6 +25,7 @@ use crate::{
         gpu::GpuOptions,
         router::RoutingOptions,
     },
+    safety::PolicyOptions,
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,8 @@ pub struct Config {
     pub routing: RoutingOptions,
     /// What is kept on disk.
     pub store: Store,
+    /// What items are checked for.
+    pub safety: Safety,
     /// The log.
     pub log: Log,
     /// The models, never empty, exactly one of them the default. In the file: `[[model]]`.
@@ -298,6 +301,20 @@ impl Default for Store {
     }
 }
 
+/// What items are checked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Safety {
+    /// The file of rules, relative to the file of settings. `None`, and empty in the file: those that
+    /// are built in.
+    #[serde(with = "file::path_or_empty")]
+    pub rules: Option<PathBuf>,
+    /// Which rules look where, and what is done. None: nothing is checked. In the file:
+    /// `[[safety.policy]]`.
+    #[serde(rename = "policy", skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<PolicyOptions>,
+}
+
 /// The log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -520,6 +537,7 @@ impl Default for Config {
             cache: Cache::default(),
             routing: RoutingOptions::default(),
             store: Store::default(),
+            safety: Safety::default(),
             log: Log::default(),
             models: Model::built_in(),
             aliases: Vec::new(),

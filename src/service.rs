@@ -26,6 +26,7 @@ use crate::{
         responses_service_server::ResponsesService,
     },
     render::Heads,
+    safety::Policies,
     session::{Committed, Held},
     status::{bad_field, refusal, retry_later, unreadable},
     store::Missed,
@@ -54,6 +55,8 @@ pub struct Parts {
     pub heads: Arc<Heads>,
     /// What is held.
     pub archive: Arc<Archive>,
+    /// What items are checked under.
+    pub policies: Arc<Policies>,
     /// Limits of a stream.
     pub limits: Limits,
     /// Limits of a request.
@@ -115,6 +118,7 @@ impl Services {
                 parts.responses_held_max,
             ),
             archive: parts.archive.clone(),
+            policies: parts.policies.clone(),
             limits: parts.limits,
             slots: Arc::new(Semaphore::new(parts.limits.sampling_max)),
             out: out.clone(),

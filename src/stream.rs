@@ -34,6 +34,7 @@ use crate::{
     model::Models,
     render::Heads,
     request::{Create, NewItem},
+    safety::Policies,
     session::Held,
 };
 
@@ -113,6 +114,8 @@ pub struct Shared {
     pub held: Held,
     /// Where else responses are found.
     pub archive: Arc<Archive>,
+    /// What items are checked under.
+    pub policies: Arc<Policies>,
     /// How long and how much.
     pub limits: Limits,
     /// Where events go.

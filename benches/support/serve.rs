@@ -131,6 +131,7 @@ async fn serve(listener: TcpListener, tokens_per_second: f64, chunk: usize, toke
         models: Arc::new(Models::new(model, Vec::new())),
         heads: Arc::new(Heads::new(config.cache.heads_bytes_max)),
         archive: Archive::new(sessions),
+        policies: Arc::default(),
         limits: config.stream.limits(),
         request_limits: RequestLimits {
             items_max: 1 << 20,

@@ -38,7 +38,8 @@ pub(super) fn read(path: &Path) -> Result<Config, ConfigError> {
             *path = directory.join(&*path);
         }
     }
-    if let Some(path) = &mut config.store.path {
+    let rules = config.safety.rules.iter_mut();
+    for path in rules.chain(&mut config.store.path) {
         *path = directory.join(&*path);
     }
     Ok(config)

@@ -62,6 +62,7 @@ impl Stream {
             heads: Arc::new(Heads::new(1 << 20)),
             held: Held::new(sessions.clone(), Tenant::from("tenant"), 1_000),
             archive: Archive::new(sessions),
+            policies: Arc::default(),
             limits,
             out,
             slots: Arc::new(Semaphore::new(limits.sampling_max)),
