@@ -20,7 +20,7 @@ use crate::{
     model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
     response::{Begin, End, Next, Open, RoundEnd},
-    safety::{self, Checked, History, Names, Policy, Recheck},
+    safety::{self, Checked, Cleared, History, Names, Policy, Recheck},
     session::Committed,
     stream::{Batch, Gone, Shared, not_found, not_open},
 };
@@ -460,12 +460,25 @@ impl Driver<'_> {
             )?
         };
         self.clock.mark(|timing| &mut timing.validated);
-        let names = Names {
-            command: "create",
-            ids: &ids,
+        let (past, under) = (parent.clone(), policy.clone());
+        let known = past
+            .as_ref()
+            .is_none_or(|past| past.checked.holds_under(under.as_deref()));
+        let check = move || -> Result<(Cleared, Recheck), Error> {
+            let names = Names {
+                command: "create",
+                ids: &ids,
+            };
+            let cleared = safety::clear(valid.input, under.as_deref(), &names)?;
+            Ok((cleared, recheck(past.as_deref(), under.as_deref())?))
         };
-        let cleared = safety::clear(valid.input, policy.as_deref(), &names)?;
-        let recheck = recheck(parent.as_deref(), policy.as_deref())?;
+        let (cleared, recheck) = match &policy {
+            Some(_) if !known || text_bytes >= BLOCKING_BYTES_MIN => {
+                let checked = tokio::task::spawn_blocking(check).await;
+                checked.unwrap_or_else(|_| Err(Error::new(Code::BackendError, "checking failed")))
+            }
+            Some(_) | None => check(),
+        }?;
         self.clock.mark(|timing| &mut timing.checked);
 
         let begin = Begin {

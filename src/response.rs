@@ -428,7 +428,10 @@ impl Open {
     /// What was found in input since this was last asked.
     pub fn take_verdicts(&mut self) -> impl Iterator<Item = Event> {
         let verdicts = std::mem::take(&mut self.verdicts).into_iter();
-        verdicts.map(|it| Event::Verdict(Box::new(it)))
+        verdicts.map(|it| {
+            safety::log(&it);
+            Event::Verdict(Box::new(it))
+        })
     }
 
     /// What it used so far.

@@ -22,7 +22,7 @@ mod rules;
 mod scan;
 
 pub use gate::{Found, Gate, Passed};
-pub use input::{Checked, Cleared, History, Masked, Names, Recheck, clear, recheck};
+pub use input::{Checked, Cleared, History, Masked, Names, Recheck, clear, log, recheck};
 pub use monitor::{Finding, Monitor};
 pub use policy::{Choice, Policies, Policy, PolicyError, PolicyOptions, Scopes, Version};
 pub use rule::{Checksum, Rule};

@@ -9,6 +9,9 @@ use crate::{
     request::{ValidInput, ValidItem},
 };
 
+/// Verdicts on a history that are told.
+const VERDICTS_AGAIN_MAX: usize = 1_000;
+
 /// Input that the monitors let through, and what they found. Made by [`clear`] alone.
 #[derive(Debug)]
 pub struct Cleared {
@@ -87,6 +90,20 @@ pub struct Names<'a> {
     pub ids: &'a [ItemId],
 }
 
+/// Writes to the log what was found, without the text.
+pub fn log(verdict: &Verdict) {
+    tracing::info!(
+        target: "hotloop::safety",
+        rule = &*verdict.rule,
+        policy = &*verdict.policy,
+        scope = ?verdict.scope,
+        action = ?verdict.action,
+        item = verdict.item_id.as_str(),
+        late = verdict.late,
+        "found"
+    );
+}
+
 /// Shows the new items, and only them, to the monitors. Without a policy there is nothing to do.
 ///
 /// # Errors
@@ -117,6 +134,8 @@ pub fn clear(
 }
 
 fn refused(rule: &str, policy: &Policy) -> Error {
+    let version = &**policy.version().as_str();
+    tracing::info!(target: "hotloop::safety", rule, policy = version, "refused");
     Error::new(
         Code::ContentPolicyViolation,
         format!(
@@ -170,6 +189,7 @@ pub fn recheck(history: History<'_, '_>, policy: Option<&Policy>) -> Result<Rech
             }
         }
     }
+    verdicts.truncate(VERDICTS_AGAIN_MAX);
     Ok(Recheck {
         masks: !masks.is_empty(),
         checked: Checked {

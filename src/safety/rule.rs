@@ -132,15 +132,6 @@ impl Matcher {
             },
         }
     }
-
-    /// Whether a match may begin with this byte.
-    pub(super) fn begins_with(&self, byte: u8) -> bool {
-        let before = [None, Some(b' '), Some(b'a'), Some(b'\n'), Some(b'\r')];
-        before.into_iter().any(|before| {
-            let begun = self.begin(before);
-            begun.is_some_and(|at| self.step(at, Some(byte)).at.is_some())
-        })
-    }
 }
 
 /// Whether a match may still end behind this state.

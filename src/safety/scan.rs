@@ -26,10 +26,8 @@ const SEARCHES_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Scanner {
     rules: Vec<Arc<Rule>>,
-    /// Which rules a match of may begin with each byte.
-    starters: Vec<Vec<u16>>,
-    /// For which bytes there are any.
-    starts: Vec<bool>,
+    /// The searches that begin with each byte, by what stands before it.
+    starters: Vec<Vec<(u16, At)>>,
     /// Finds keywords. `None` where no rule has any.
     keywords: Option<aho_corasick::AhoCorasick>,
     /// The rule of each keyword.
@@ -79,13 +77,17 @@ impl Scanner {
     #[must_use]
     pub fn new(rules: Vec<Arc<Rule>>) -> Self {
         let numbered = || (0_u16..).zip(&rules);
-        let starters = (0..=u8::MAX).map(|byte| {
-            // No match begins within a character.
-            let begins =
-                numbered().filter(|(_, rule)| !continues(byte) && rule.matcher.begins_with(byte));
-            begins.map(|(index, _)| index).collect()
+        let starters = BEFORE.into_iter().flat_map(|before| {
+            (0..=u8::MAX).map(move |byte| {
+                let begun = numbered().filter_map(|(index, rule)| {
+                    let at = rule.matcher.begin(before)?;
+                    Some((index, rule.matcher.step(at, Some(byte)).at?))
+                });
+                // No match begins within a character.
+                begun.filter(|_| !continues(byte)).collect()
+            })
         });
-        let starters: Vec<Vec<u16>> = starters.collect();
+        let starters = starters.collect();
         let words = numbered().flat_map(|(index, rule)| {
             let words = rule.filter.keywords.iter();
             words.map(move |word| (word.as_str(), index))
@@ -98,7 +100,6 @@ impl Scanner {
             .filter(|_| !keyword_rules.is_empty());
         Self {
             rules,
-            starts: starters.iter().map(|rules| !rules.is_empty()).collect(),
             starters,
             keywords,
             keyword_rules,
@@ -176,21 +177,19 @@ impl Scanner {
 
     /// Begins the searches that may begin with this byte.
     fn begin(&self, state: &mut State, byte: u8, possible: Option<&[bool]>) {
-        for &index in &self.starters[usize::from(byte)] {
+        let place = before_class(state.before) * 256 + usize::from(byte);
+        for &(index, at) in &self.starters[place] {
             if possible.is_some_and(|it| !it[usize::from(index)]) {
                 continue;
             }
-            let rule = &self.rules[usize::from(index)];
-            let at = rule.matcher.begin(state.before);
-            let at = at.and_then(|at| rule.matcher.step(at, Some(byte)).at);
-            let same = |other: &Search| other.rule == index && other.at == at;
+            let same = |other: &Search| other.rule == index && other.at == Some(at);
             let room = state.searches.len() < SEARCHES_MAX;
-            if at.is_some() && room && !state.searches.iter().any(same) {
+            if room && !state.searches.iter().any(same) {
                 state.searches.push(Search {
                     rule: index,
                     start: state.at,
                     end: None,
-                    at,
+                    at: Some(at),
                 });
             }
         }
@@ -215,6 +214,20 @@ impl Scanner {
                 });
             }
         }
+    }
+}
+
+/// What may stand before a search, as far as an automaton can tell it apart.
+const BEFORE: [Option<u8>; 5] = [None, Some(b'\n'), Some(b'\r'), Some(b'a'), Some(b' ')];
+
+/// Which of them this is.
+fn before_class(before: Option<u8>) -> usize {
+    match before {
+        None => 0,
+        Some(b'\n') => 1,
+        Some(b'\r') => 2,
+        Some(byte) if byte.is_ascii_alphanumeric() || byte == b'_' => 3,
+        Some(_) => 4,
     }
 }
 
@@ -253,12 +266,6 @@ impl Monitor for Scanner {
             state.at = bytes.len();
             return;
         }
-        let starts = possible.as_ref().map(|possible| {
-            let counts = |rule: &u16| possible[usize::from(*rule)];
-            let starters = self.starters.iter();
-            starters.map(|rules| rules.iter().any(counts)).collect()
-        });
-        let starts: &Vec<bool> = starts.as_ref().unwrap_or(&self.starts);
         state.tail.extend_from_slice(bytes);
         let from = state.at + bytes.len() - state.tail.len();
         let first = state.at;
@@ -267,9 +274,7 @@ impl Monitor for Scanner {
             if !state.searches.is_empty() {
                 self.step(state, Some(byte), &mut over);
             }
-            if starts[usize::from(byte)] {
-                self.begin(state, byte, possible.as_deref());
-            }
+            self.begin(state, byte, possible.as_deref());
             state.before = Some(byte);
             state.at += 1;
         }

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use super::{Building, Kind, Round, custom_input};
 use crate::{
     event::{DeltaKind, Event, Verdict},
-    safety::Found,
+    safety::{self, Found},
 };
 
 impl Round {
@@ -145,6 +145,9 @@ impl Round {
     pub(super) fn tell(&mut self, events: &mut Vec<Event>) {
         self.gate = None;
         let verdicts = self.verdicts.drain(..);
-        events.extend(verdicts.map(|it| Event::Verdict(Box::new(it))));
+        events.extend(verdicts.map(|it| {
+            safety::log(&it);
+            Event::Verdict(Box::new(it))
+        }));
     }
 }

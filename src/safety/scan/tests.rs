@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use regex_automata::{Anchored, Input, dfa::Automaton as _};
 
 use super::*;
-use crate::safety::{Rules, rule::Matcher};
+use crate::safety::{Policies, PolicyOptions, Rules, rule::Matcher};
 
 fn scanner(text: &str) -> Scanner {
     let rules = Rules::parse(&format!("version = 1\n{text}")).unwrap();
@@ -228,6 +228,26 @@ fn rules_that_cannot_be_are_named() {
     assert!(unknown.contains("unknown field `regexes`"), "{unknown}");
     let twice = error("regex = 'a'\n[[rule]]\nid = \"r\"\nregex = 'b'");
     assert_eq!(twice, "rule `r`: the id is that of one before it");
+}
+
+#[test]
+fn the_examples_of_the_documentation_work() {
+    let page = include_str!("../../../docs/safety.md");
+    let blocks: Vec<&str> = page.split("```toml\n").skip(1).collect();
+    let block = |at: usize| blocks[at].split("```").next().unwrap();
+    let config: toml::Table = block(0).parse().unwrap();
+    let policies = config["safety"]["policy"].clone();
+    let policies: Vec<PolicyOptions> = policies.try_into().unwrap();
+    assert_eq!(policies.len(), 3);
+    Policies::new(Rules::built_in().unwrap(), policies).unwrap();
+    let scanner = Scanner::new(Rules::parse(block(1)).unwrap().all().to_vec());
+    let token = |start: &str| format!("acme_{start}7Zt2LmX9vKp4RsW8nBc3");
+    let text = format!("{} {} Project Nightfall", token("q1Ye"), token("test"));
+    let found = [
+        format!("acme.token: {}", token("q1Ye")),
+        "acme.words: Project Nightfall".to_owned(),
+    ];
+    assert_eq!(finds(&scanner, &text), found);
 }
 
 /// Texts in which much is found, and much almost.
