@@ -24,6 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .boxed(".hotloop.v1.ConnectResponse.event.error")
         .boxed(".hotloop.v1.ConnectResponse.event.output_item_added")
         .boxed(".hotloop.v1.ConnectResponse.event.output_item_done")
+        .boxed(".hotloop.v1.ConnectResponse.event.safety_verdict")
         // The one-shot twin sends the very messages of the stream: the two are equal field by field.
         .extern_path(
             ".hotloop.v1.CreateResponse",

@@ -1,7 +1,7 @@
 //! The parts of a step on their own.
 //!
 //! Rendering and encoding a tool's output of 200 tokens onto 100,000, by encoder and by whether the template goes on; and
-//! tokens to text and items, by token.
+//! tokens to text and items, by token. What the safety stage takes: of text, and of a step by the length of its history.
 
 #![allow(
     missing_docs,
@@ -15,13 +15,18 @@ use std::{hint::black_box, sync::Arc};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use hotloop::{
+    event::Scope,
     files::{BuiltIn, Files},
     item::{Body, Item, Part, Role},
     ledger::{Draft, Rope},
     model::Artifacts,
     parse::{ParserOptions, Piece},
     render::{Entries, Head, Past, Resume, Seen, Visible, entries, render},
-    request::{Settings, ValidItem},
+    request::{NewItem, Settings, ValidItem, validate_append},
+    safety::{
+        Checked, Choice, Gate, History, Monitor as _, Names, Policies, PolicyOptions, Rules,
+        Scanner, Scopes, State, clear, recheck,
+    },
     tokenizer::{DetokPiece, Encoded},
 };
 use support::text::Texts;
@@ -223,5 +228,98 @@ fn ledger(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rendering, encoding, answering, ledger);
+/// The built-in rules over text, and the stage of a step: what is new in it, behind histories of which
+/// nothing is looked at.
+fn safety(criterion: &mut Criterion) {
+    let observed = Scopes {
+        model_output: Choice::Redact,
+        ..Scopes::default()
+    };
+    let options = PolicyOptions {
+        scopes: observed,
+        ..PolicyOptions::default()
+    };
+    let policies = Policies::new(Rules::built_in().unwrap(), vec![options]).unwrap();
+    let policy = policies.get("model", &"tenant".into()).unwrap();
+    let mut texts = Texts::new(4);
+    let text = texts.of(10_000);
+    let scanner = Scanner::new(Rules::built_in().unwrap().all().to_vec());
+    let mut group = criterion.benchmark_group("safety, by byte");
+    group.throughput(Throughput::Bytes(text.len() as u64));
+    group.bench_function("a whole item", |bencher| {
+        bencher.iter(|| {
+            let mut found = Vec::new();
+            scanner.read(&mut State::default(), black_box(&text), true, &mut found);
+            found.len()
+        });
+    });
+    group.bench_function("an item in pieces of 16 bytes", |bencher| {
+        bencher.iter(|| {
+            let (mut state, mut found) = (State::default(), Vec::new());
+            for piece in black_box(&text).as_bytes().chunks(16) {
+                let piece = str::from_utf8(piece).unwrap();
+                scanner.read(&mut state, piece, false, &mut found);
+            }
+            found.len()
+        });
+    });
+    group.bench_function("output, held back", |bencher| {
+        bencher.iter(|| {
+            let mut gate = Gate::new(&policy, Scope::ModelOutput).unwrap();
+            let pieces = black_box(&text).as_bytes().chunks(4);
+            let passed = pieces.map(|it| gate.push(str::from_utf8(it).unwrap(), false));
+            passed.map(|it| it.text.len()).sum::<usize>()
+        });
+    });
+    group.finish();
+
+    let mut group = criterion.benchmark_group("safety, a step of 200 tokens");
+    for tokens in [1_000, HISTORY_TOKENS] {
+        let items: Vec<ValidItem> = (0..tokens / NEW_TOKENS)
+            .map(|_| message(Role::User, texts.of(NEW_TOKENS)))
+            .collect();
+        let first = recheck(
+            History {
+                checked: &Checked::default(),
+                items: &mut items.iter(),
+            },
+            Some(&policy),
+        );
+        let checked = first.unwrap().checked;
+        let new = NewItem::Item(Item::clone(
+            &message(Role::User, text[..800].to_owned()).item,
+        ));
+        let ids = [new.id().clone()];
+        let names = Names {
+            command: "append",
+            ids: &ids,
+        };
+        group.bench_function(format!("behind {tokens}"), |bencher| {
+            bencher.iter_batched(
+                || validate_append(vec![new.clone()], &mut Vec::new(), &|_| None).unwrap(),
+                |valid| {
+                    let history = History {
+                        checked: &checked,
+                        items: &mut items.iter(),
+                    };
+                    let again = recheck(history, Some(&policy)).unwrap();
+                    (again, clear(valid, Some(&policy), &names).unwrap())
+                },
+                criterion::BatchSize::SmallInput,
+            );
+        });
+        group.bench_function(format!("behind {tokens}, the policy changed"), |bencher| {
+            bencher.iter(|| {
+                let history = History {
+                    checked: &Checked::default(),
+                    items: &mut items.iter(),
+                };
+                recheck(history, Some(&policy)).unwrap()
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, rendering, encoding, answering, ledger, safety);
 criterion_main!(benches);

@@ -165,6 +165,7 @@ async fn ours(server: &Server, streams: usize, tokens: usize, pace: f64) -> Came
                     Event::Created(_)
                     | Event::Appended(_)
                     | Event::GoAway(_)
+                    | Event::SafetyVerdict(_)
                     | Event::OutputItemAdded(_)
                     | Event::OutputTextDelta(_)
                     | Event::ReasoningTextDelta(_)

@@ -15,6 +15,7 @@ use crate::{
     model::{Artifacts, Models},
     render::{self, Entries, Head, Heads},
     request::{Settings, ValidItem},
+    safety::Checked,
     session::{Committed, Sessions, Storing, View},
     store::{Batch, Missed, Queue, Record, StoreError},
 };
@@ -248,6 +249,7 @@ impl Tier {
             created_at_ms: record.created_at_ms,
             metadata: record.metadata.clone(),
             storing: Storing::Wanted(parking_lot::Mutex::new(true)),
+            checked: Checked::default(),
             parent,
         })
     }

@@ -27,6 +27,7 @@ use crate::{
     },
     billing::{AtBound, BillingOptions, Durability, Pace, Reserve, Retries},
     budget::{BudgetOptions, Price},
+    safety::PolicyOptions,
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -57,6 +58,8 @@ pub struct Config {
     pub store: Store,
     /// What is recorded of usage.
     pub billing: Billing,
+    /// What items are checked for.
+    pub safety: Safety,
     /// The log.
     pub log: Log,
     /// The models, never empty, exactly one of them the default. In the file: `[[model]]`.
@@ -436,6 +439,20 @@ fn rest_ms_max() -> u64 {
     10_000
 }
 
+/// What items are checked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Safety {
+    /// The file of rules, relative to the file of settings. `None`, and empty in the file: those that
+    /// are built in.
+    #[serde(with = "file::path_or_empty")]
+    pub rules: Option<PathBuf>,
+    /// Which rules look where, and what is done. None: nothing is checked. In the file:
+    /// `[[safety.policy]]`.
+    #[serde(rename = "policy", skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<PolicyOptions>,
+}
+
 /// The log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -659,6 +676,7 @@ impl Default for Config {
             routing: RoutingOptions::default(),
             store: Store::default(),
             billing: Billing::default(),
+            safety: Safety::default(),
             log: Log::default(),
             models: Model::built_in(),
             aliases: Vec::new(),

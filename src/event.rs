@@ -1,6 +1,6 @@
 //! What the server tells a client: events, usage, timings, and the errors with their codes.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +65,8 @@ pub enum Event {
         /// The item.
         item: Arc<Item>,
     },
+    /// A monitor found something.
+    Verdict(Box<Verdict>),
     /// A response, or a round of a held one, has ended.
     Done(Box<Done>),
     /// A command was refused.
@@ -78,6 +80,55 @@ pub enum Event {
         /// Whether a new stream can continue the responses of this one.
         resumable: bool,
     },
+}
+
+/// Whose text a monitor looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Messages of users, developers and operators, and summaries.
+    UserInput,
+    /// Outputs of tools.
+    ToolOutput,
+    /// What a model wrote: messages and calls.
+    ModelOutput,
+    /// What a model thought.
+    Reasoning,
+}
+
+/// What is done about a finding. The order is that of strength.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// It is told.
+    Observe,
+    /// It is replaced.
+    Redact,
+    /// The command that brought it is refused; a model's output ends.
+    Refuse,
+    /// The response ends before it; a command that brought it is refused.
+    End,
+}
+
+/// What a monitor found in an item, and what was done about it. Never the text itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The rule that found it.
+    pub rule: Arc<str>,
+    /// The version of the policy that it was found under.
+    pub policy: Arc<str>,
+    /// Whose text it is.
+    pub scope: Scope,
+    /// What was done.
+    pub action: Action,
+    /// The item.
+    pub item_id: ItemId,
+    /// Where in the item's text, as it was before anything was done to it.
+    pub bytes: Range<usize>,
+    /// Where in the prompt and its sample, where that is known.
+    pub tokens: Option<Range<usize>>,
+    /// Some of it was shown before it could be known: more than the policy holds back.
+    pub late: bool,
 }
 
 /// What a delta is more of.

@@ -18,11 +18,11 @@ use crate::{
     billing::{Counts, Full, Meter, Served, Settlement},
     budget::{Purse, Spent},
     event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
-    item::{LaneName, RequestId, ResponseId},
+    item::{ItemId, LaneName, RequestId, ResponseId},
     model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
     response::{Begin, End, Next, Open, RoundEnd},
-    safety,
+    safety::{self, Checked, Cleared, History, Names, Policy, Recheck},
     session::Committed,
     stream::{Batch, Gone, Shared, not_found, not_open},
 };
@@ -277,13 +277,14 @@ async fn drive(job: Job, shared: &Shared) {
         }
     }
     tracing::Span::current().record("model", &*open.model().name);
-    driver
-        .send(vec![Event::Created {
-            model: open.model().name.clone(),
-            previous,
-            created_at_ms,
-        }])
-        .await;
+    let created = Event::Created {
+        model: open.model().name.clone(),
+        previous,
+        created_at_ms,
+    };
+    let verdicts = open.take_verdicts();
+    let events = std::iter::once(created).chain(verdicts).collect();
+    driver.send(events).await;
     if prepare_only {
         match driver.warm_up(&open).await {
             Some(Stop::Cancelled) => driver.cancelled(&open).await,
@@ -472,6 +473,11 @@ impl Driver<'_> {
             NewItem::Reference(_) => 0,
         });
         let text_bytes = head_bytes + input_bytes.sum::<usize>();
+        let policy = self.policy(&model);
+        let ids: Vec<ItemId> = match &policy {
+            Some(_) => input.iter().map(|new| new.id().clone()).collect(),
+            None => Vec::new(),
+        };
         let valid = {
             let past = Past {
                 open_calls: parent.as_ref().map_or(&[], |parent| &parent.open_calls),
@@ -487,7 +493,25 @@ impl Driver<'_> {
             )?
         };
         self.clock.mark(|timing| &mut timing.validated);
-        let cleared = safety::clear(valid.input);
+        let (past, under) = (parent.clone(), policy.clone());
+        let known = past
+            .as_ref()
+            .is_none_or(|past| past.checked.holds_under(under.as_deref()));
+        let check = move || -> Result<(Cleared, Recheck), Error> {
+            let names = Names {
+                command: "create",
+                ids: &ids,
+            };
+            let cleared = safety::clear(valid.input, under.as_deref(), &names)?;
+            Ok((cleared, recheck(past.as_deref(), under.as_deref())?))
+        };
+        let (cleared, recheck) = match &policy {
+            Some(_) if !known || text_bytes >= BLOCKING_BYTES_MIN => {
+                let checked = tokio::task::spawn_blocking(check).await;
+                checked.unwrap_or_else(|_| Err(Error::new(Code::BackendError, "checking failed")))
+            }
+            Some(_) | None => check(),
+        }?;
         self.clock.mark(|timing| &mut timing.checked);
 
         let begin = Begin {
@@ -504,6 +528,8 @@ impl Driver<'_> {
             include_output: create.include_output,
             hold: create.hold,
             no_deltas: create.no_deltas,
+            policy,
+            recheck,
         };
         let heads = self.shared.heads.clone();
         let prepare_only = create.prepare_only;
@@ -516,6 +542,12 @@ impl Driver<'_> {
         }?;
         self.clock.mark(|timing| &mut timing.rendered);
         Ok(open)
+    }
+
+    /// What items are checked under where this model samples.
+    fn policy(&self, model: &Model) -> Option<Arc<Policy>> {
+        let Shared { policies, held, .. } = self.shared;
+        policies.get(&model.name, held.tenant())
     }
 
     /// Samples, and samples again for as long as there is input for it.
@@ -542,6 +574,8 @@ impl Driver<'_> {
                 Err(Broken::Unbegun(error)) => match self.hand_over(&mut open) {
                     true => {
                         self.clock.mark(|timing| &mut timing.rendered);
+                        let verdicts = open.take_verdicts().collect();
+                        self.send(verdicts).await;
                         if self.afford(&mut open).is_err() {
                             let end = End::Incomplete(IncompleteReason::Budget);
                             return self.finish(open, end, events).await;
@@ -614,7 +648,8 @@ impl Driver<'_> {
         // The other one may have other budgets.
         self.purse.abandon();
         self.purse = self.shared.wallet.begin(&next.name);
-        match open.hand_over(next, &self.shared.heads) {
+        let policy = self.policy(&next);
+        match open.hand_over((next, policy), &self.shared.heads) {
             Ok(()) => {
                 if let Some(meter) = &mut self.meter {
                     meter.serve(served(open));
@@ -771,7 +806,8 @@ impl Driver<'_> {
                 .unwrap_or_else(|error| Event::Error(Box::new(error))),
             What::Done => return open.end_as_it_stands(),
         };
-        self.answer(vec![event], control.request_id).await;
+        let events = std::iter::once(event).chain(open.take_verdicts());
+        self.answer(events.collect(), control.request_id).await;
     }
 
     /// Lets the backend prepare its cache, for no longer than the response lives.
@@ -971,6 +1007,28 @@ impl Driver<'_> {
             self.answer(vec![error], control.request_id).await;
         }
     }
+}
+
+/// How what is continued is checked under this policy. Its items are only looked at where it was
+/// checked under another one.
+fn recheck(parent: Option<&Committed>, policy: Option<&Policy>) -> Result<Recheck, Error> {
+    let Some(parent) = parent else {
+        let history = History {
+            checked: &Checked::default(),
+            items: &mut std::iter::empty(),
+        };
+        return safety::recheck(history, policy);
+    };
+    let nodes: Vec<&Committed> = match parent.checked.holds_under(policy) {
+        true => Vec::new(),
+        false => parent.chain().collect(),
+    };
+    let batches = nodes.iter().rev().flat_map(|node| &node.batches);
+    let history = History {
+        checked: &parent.checked,
+        items: &mut batches.flatten(),
+    };
+    safety::recheck(history, policy)
 }
 
 /// The model, or where nothing that samples from it is well, the first of those that take over from

@@ -191,6 +191,7 @@ impl Marks {
         let batches = nodes.iter().rev().flat_map(|node| &node.batches);
         let entries: Entries = batches
             .flat_map(|batch| {
+                let batch = response.checked.masked.apply(batch);
                 let batch: Vec<ValidItem> = batch.iter().map(|new| self.item(new)).collect();
                 render::entries(&batch, artifacts)
             })

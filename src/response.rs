@@ -23,9 +23,9 @@ use crate::{
     backend::{Chat, ChatMessage, Chunk, Prompt, SampleEnd, Sampling},
     event::{
         Code, Done, Error, Event, Finish, IncompleteReason, PromptReport, RerenderReason,
-        SampleReport, Status, Timing, Usage,
+        SampleReport, Status, Timing, Usage, Verdict,
     },
-    item::{Body, Item, Part, ResponseId, Role, Tenant},
+    item::{Body, Item, ItemId, Part, ResponseId, Role, Tenant},
     ledger::Rope,
     model::{Artifacts, Model},
     parse::Grammar,
@@ -33,7 +33,7 @@ use crate::{
         self, CachedHead, Entries, Entry, Head, Heads, Past, Resume, Seen, Speaker, Tail, Visible,
     },
     request::{NewItem, OpenCall, Settings, Truncation, ValidItem, validate_append},
-    safety::{self, Cleared},
+    safety::{self, Checked, Cleared, History, Masked, Names, Policy, Recheck},
     session::{Committed, Held, Storing, View},
 };
 
@@ -73,6 +73,10 @@ pub struct Begin {
     pub hold: bool,
     /// Whether whole items are sent only.
     pub no_deltas: bool,
+    /// What its items are checked under. `None`: nothing is checked.
+    pub policy: Option<Arc<Policy>>,
+    /// How what it continues is checked.
+    pub recheck: Recheck,
 }
 
 /// A response in progress.
@@ -132,6 +136,10 @@ pub struct Open {
     /// Tokens that budgets leave for the next sample.
     afforded: Option<u32>,
     round: Option<Round>,
+    policy: Option<Arc<Policy>>,
+    checked: Checked,
+    /// What was found in input and was not told yet.
+    verdicts: Vec<Verdict>,
 }
 
 /// What becomes of a response when a sample has ended.
@@ -245,12 +253,12 @@ pub enum RoundEnd {
 fn all_entries(
     parent: Option<&Committed>,
     behind: &[Vec<ValidItem>],
-    artifacts: &Artifacts,
+    (artifacts, masked): (&Artifacts, &Masked),
 ) -> Entries {
     let nodes: Vec<&Committed> = parent.into_iter().flat_map(Committed::chain).collect();
     let past = nodes.iter().rev().flat_map(|node| &node.batches);
     past.chain(behind)
-        .flat_map(|batch| render::entries(batch, artifacts))
+        .flat_map(|batch| render::entries(&masked.apply(batch), artifacts))
         .collect()
 }
 
@@ -298,6 +306,8 @@ impl Open {
             include_output,
             hold,
             no_deltas,
+            policy,
+            recheck,
         } = begin;
         let artifacts = &model.artifacts;
         let mut entries = Entries::new_sync();
@@ -314,9 +324,15 @@ impl Open {
             None => head_tokens = HeadTokens::Encoded(cached.rope.len_tokens()),
             Some((parent, Some(view))) => {
                 rope = parent.rope.clone();
-                entries = view.entries.clone();
-                resume = view.resume.clone();
                 visible = view.visible;
+                if recheck.masks {
+                    rerender = Some(RerenderReason::Settings);
+                    let text_side = (&**artifacts, &recheck.checked.masked);
+                    entries = all_entries(Some(parent), &[], text_side);
+                } else {
+                    entries = view.entries.clone();
+                    resume = view.resume.clone();
+                }
                 if !settings.renders_like(&parent.settings) {
                     rerender = Some(RerenderReason::Settings);
                 }
@@ -325,7 +341,7 @@ impl Open {
                 // Another tokenizer has other literals to mark and other tokens: the messages are
                 // made anew. Their positions may differ: it sees all of them, and truncates anew.
                 rerender = Some(RerenderReason::Model);
-                entries = all_entries(Some(parent), &[], artifacts);
+                entries = all_entries(Some(parent), &[], (artifacts, &recheck.checked.masked));
                 head_tokens = HeadTokens::OtherModel {
                     dropped: parent.rope.len_tokens(),
                     encoded: if head_hit { 0 } else { rope.len_tokens() },
@@ -334,7 +350,8 @@ impl Open {
                 visible = Visible::from_summary(&entries);
             }
         }
-        let mut staged = input.into_items();
+        let (mut staged, found) = input.into_parts();
+        let verdicts = [recheck.verdicts, found].concat();
         let mut steering = Vec::new();
         if let Some(parent) = &parent {
             // Messages that steered too late stand right behind the outputs that they waited for.
@@ -390,6 +407,9 @@ impl Open {
             finish: None,
             afforded: None,
             round: None,
+            policy,
+            checked: recheck.checked,
+            verdicts,
             parent,
             model,
         }
@@ -411,6 +431,15 @@ impl Open {
     #[must_use]
     pub fn has_output(&self) -> bool {
         !self.output.is_empty()
+    }
+
+    /// What was found in input since this was last asked.
+    pub fn take_verdicts(&mut self) -> impl Iterator<Item = Event> {
+        let verdicts = std::mem::take(&mut self.verdicts).into_iter();
+        verdicts.map(|it| {
+            safety::log(&it);
+            Event::Verdict(Box::new(it))
+        })
     }
 
     /// What it used so far.
@@ -442,10 +471,15 @@ impl Open {
     ///
     /// # Errors
     ///
-    /// What the other model cannot do of what is asked for, or `context_length_exceeded`. Then
-    /// nothing more can be done with the response but to end it.
-    pub fn hand_over(&mut self, model: Arc<Model>, heads: &Heads) -> Result<(), Error> {
+    /// What the other model cannot do of what is asked for, `content_policy_violation` under its policy,
+    /// or `context_length_exceeded`. Then nothing more can be done with the response but to end it.
+    pub fn hand_over(
+        &mut self,
+        (model, policy): (Arc<Model>, Option<Arc<Policy>>),
+        heads: &Heads,
+    ) -> Result<(), Error> {
         self.settings.check(&model.abilities())?;
+        let masks = self.check_under(policy)?;
         if self.round.take().is_some() {
             self.usage.samples -= 1;
             self.usage.input_tokens -= self.report.tokens;
@@ -453,7 +487,7 @@ impl Open {
         }
         let same = self.model.artifacts.fingerprint == model.artifacts.fingerprint;
         self.model = model;
-        if same {
+        if same && !masks {
             let (tokens, limit) = (self.prompt_tokens, self.model.tokens_max() as usize);
             if tokens >= limit {
                 return Err(too_long(tokens, limit));
@@ -469,12 +503,35 @@ impl Open {
         };
         self.head = cached.head;
         self.rope = cached.rope;
-        self.entries = all_entries(self.parent.as_deref(), &self.batches, &artifacts);
+        let text_side = (&*artifacts, &self.checked.masked);
+        self.entries = all_entries(self.parent.as_deref(), &self.batches, text_side);
         self.visible = Visible::from_summary(&self.entries);
         self.resume = None;
         self.ahead = None;
         self.rerender = Some(RerenderReason::Model);
         self.prepare(true)
+    }
+
+    /// From here on this policy holds. Says whether something is redacted now that was not.
+    fn check_under(&mut self, policy: Option<Arc<Policy>>) -> Result<bool, Error> {
+        let recheck = {
+            let nodes: Vec<&Committed> = self.parent.iter().flat_map(|it| it.chain()).collect();
+            let past = nodes.iter().rev().flat_map(|node| &node.batches);
+            // Items that wait for a prompt were checked when they came, and are again.
+            let waiting = [&self.staged, &self.steering];
+            let mut items = past.chain(&self.batches).chain(waiting).flatten();
+            let history = History {
+                checked: &self.checked,
+                items: &mut items,
+            };
+            safety::recheck(history, policy.as_deref())?
+        };
+        self.staged = recheck.checked.masked.apply(&self.staged);
+        self.steering = recheck.checked.masked.apply(&self.steering);
+        self.checked = recheck.checked;
+        self.verdicts.extend(recheck.verdicts);
+        self.policy = policy;
+        Ok(recheck.masks)
     }
 
     /// Whether input waits for the end of an item, so that the sample ends there.
@@ -663,8 +720,20 @@ impl Open {
             self.chat.push(render::messages(batch));
         }
         let past: Vec<&Committed> = self.parent.iter().flat_map(|it| it.chain()).collect();
-        let past = past.iter().rev().flat_map(|node| node.chat());
-        let all: Vec<&ChatMessage> = past.chain(self.chat.iter().flatten()).collect();
+        let masked = &self.checked.masked;
+        let anew: Vec<ChatMessage> = match masked.is_empty() {
+            true => Vec::new(),
+            false => {
+                let past = past.iter().rev().flat_map(|node| &node.batches);
+                let all = past.chain(&self.batches).map(|batch| masked.apply(batch));
+                all.flat_map(|batch| render::messages(&batch)).collect()
+            }
+        };
+        let kept = past.iter().rev().flat_map(|node| node.chat());
+        let all: Vec<&ChatMessage> = match masked.is_empty() {
+            true => kept.chain(self.chat.iter().flatten()).collect(),
+            false => anew.iter().collect(),
+        };
         let Visible { from, pinned, .. } = self.visible;
         let pinned = pinned.and_then(|at| all.get(at));
         let seen = pinned.into_iter().chain(all.iter().skip(from));
@@ -752,7 +821,7 @@ impl Open {
         let batches = self.batches.iter().rev().chain(past);
         let mut items = Vec::new();
         for new in batches.flat_map(|batch| batch.iter().rev()) {
-            items.push(new.item.clone());
+            items.push(self.checked.masked.apply_to(new).item);
             if matches!(
                 new.item.body,
                 Body::Message {
@@ -821,7 +890,7 @@ impl Open {
         let Some(mut round) = self.round.take() else {
             return Next::Finish(End::Completed);
         };
-        round.finish(end, self, events);
+        let end = round.finish(end, self, events);
         let (draft, outputs, output_index) = round.into_parts();
         self.afforded = None;
         self.output_index = output_index;
@@ -870,13 +939,16 @@ impl Open {
     ///
     /// `invalid_request`, `no_such_call` or `context_length_exceeded`; then nothing was added.
     pub fn append(&mut self, input: Vec<NewItem>, held: &Held) -> Result<Event, Error> {
-        let item_ids = input.iter().map(|new| new.id().clone()).collect();
+        let item_ids: Vec<ItemId> = input.iter().map(|new| new.id().clone()).collect();
         let mut open_calls = self.open_calls.clone();
         let valid = validate_append(input, &mut open_calls, &|id| held.find_item(id))?;
-        let (outputs, messages): (Vec<_>, Vec<_>) = safety::clear(valid)
-            .into_items()
-            .into_iter()
-            .partition(|new| new.answers.is_some());
+        let names = Names {
+            command: "append",
+            ids: &item_ids,
+        };
+        let (items, found) = safety::clear(valid, self.policy.as_deref(), &names)?.into_parts();
+        let (outputs, messages): (Vec<_>, Vec<_>) =
+            items.into_iter().partition(|new| new.answers.is_some());
         let calls = match &self.round {
             Some(round) => round.outputs(),
             None => self.batches.last().map_or(&[][..], Vec::as_slice),
@@ -910,6 +982,7 @@ impl Open {
                 self.swap(&mut other);
             }
         }
+        self.verdicts.extend(found);
         let tokens = self.ahead.as_ref().map_or(0, Tail::tokens);
         Ok(Event::Appended {
             item_ids,
@@ -1096,6 +1169,7 @@ impl Open {
             usage: self.usage,
             created_at_ms: self.created_at_ms,
             metadata: self.metadata,
+            checked: self.checked,
         })
     }
 }

@@ -1,22 +1,38 @@
-//! The gate between validated input and the model. Monitors stand here; none is built in yet, so
-//! everything validated is cleared. The type keeps the order: only what was cleared is rendered.
+//! The gate between validated input and the model, and between the model and the client.
+//!
+//! **A document** is the text of one item: a message's parts one behind the other, the output of a tool,
+//! a thought, the arguments of a call. Each is looked at by itself, from its first byte to its last, so
+//! what was found in an item never depends on the items around it, and never has to be found again: the
+//! history of a conversation is not read, however long it is. An item that streams is read in pieces, and
+//! the scanner's state is carried from piece to piece ([`Monitor`]).
+//!
+//! **What was checked under which policy** is kept with a committed response ([`Checked`]). A
+//! continuation under the same version checks what is new; under another one the items of the
+//! history are checked once more, and the new version is kept. Forks share both.
+//!
+//! Input that passes is [`Cleared`], and only what is cleared is rendered. Output passes through a
+//! [`Gate`] for each item on its way from the parser to the client.
 
-use crate::request::{ValidInput, ValidItem};
+mod gate;
+mod input;
+mod monitor;
+mod policy;
+mod rule;
+mod rules;
+mod scan;
 
-/// Input that the monitors let through. Made by [`clear`] alone.
-#[derive(Debug)]
-pub struct Cleared(Vec<ValidItem>);
+pub use gate::{Found, Gate, Passed};
+pub use input::{Checked, Cleared, History, Masked, Names, Recheck, clear, log, recheck};
+pub use monitor::{Finding, Monitor};
+pub use policy::{Choice, Policies, Policy, PolicyError, PolicyOptions, Scopes, Version};
+pub use rule::{Checksum, Rule};
+pub use rules::{Rules, RulesError};
+pub use scan::{Scanner, State};
 
-impl Cleared {
-    /// The items, in the order of the conversation.
-    #[must_use]
-    pub fn into_items(self) -> Vec<ValidItem> {
-        self.0
-    }
-}
+/// Verdicts on one item that are told. What is found beyond that is acted on.
+const VERDICTS_MAX: usize = 100;
 
-/// Shows the new items, and only them, to the monitors.
-#[must_use]
-pub fn clear(input: ValidInput) -> Cleared {
-    Cleared(input.into_items())
+/// What stands in the place of what was redacted.
+fn stand_in(rule: &str) -> String {
+    format!("[redacted:{rule}]")
 }

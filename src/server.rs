@@ -23,12 +23,13 @@ use crate::{
     drain::Drain,
     model::Models,
     proto::DESCRIPTORS,
+    safety::Policies,
 };
 
 pub use accept::serve;
 
 /// Serves until the process is told to stop by SIGINT or SIGTERM, and lets streams finish. A second
-/// signal stops at once. At SIGHUP models and aliases are taken from what `again` reads.
+/// signal stops at once. At SIGHUP models, aliases and policies are taken from what `again` reads.
 ///
 /// # Errors
 ///
@@ -46,7 +47,9 @@ pub async fn run(
     let (health, routes) = health_and_reflection().await?;
     let mut loader = models::Loader::new(&config);
     let models: Arc<Models> = Arc::new(loader.load(&config).await?.into());
-    let services = compose::services(&config, models.clone(), &drain)?;
+    let policies = Arc::new(compose::policies(&config.safety)?);
+    let shared = (models.clone(), policies.clone());
+    let services = compose::services(&config, shared, &drain)?;
     let routes = compose::mount(routes, services.clone(), config.server.message_bytes_max);
     let routes = behind(&gate, routes);
 
@@ -58,7 +61,7 @@ pub async fn run(
     warn_of_few_descriptors(config.server.connections_max);
 
     let stopping = tokio::spawn(signals.drain(health, drain.clone()));
-    let reloading = tokio::spawn(reload(hangups, loader, models, again));
+    let reloading = tokio::spawn(reload(hangups, loader, (models, policies), again));
     let served = serve(listener, routes, &config.server, drain).await;
     stopping.abort();
     reloading.abort();
@@ -96,6 +99,12 @@ pub enum ServeError {
     Billing {
         /// Its file.
         path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The policies cannot be used.
+    #[error("safety.{reason}")]
+    Safety {
         /// Why not.
         reason: String,
     },
@@ -220,11 +229,12 @@ impl Signals {
     }
 }
 
-/// Reads the models anew at each signal. Where something is wrong with them, they stay as they are.
+/// Reads the models and policies anew at each signal. Where something is wrong with them, they stay as
+/// they are.
 async fn reload(
     mut hangups: Signal,
     mut loader: models::Loader,
-    models: Arc<Models>,
+    (models, policies): (Arc<Models>, Arc<Policies>),
     again: impl Fn() -> Result<Config, ConfigError>,
 ) {
     while hangups.recv().await.is_some() {
@@ -235,9 +245,17 @@ async fn reload(
                 continue;
             }
         };
+        let fresh = match compose::policies(&config.safety) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                tracing::error!(%error, "the policies are wrong: they and the models stay as they are");
+                continue;
+            }
+        };
         match loader.load(&config).await {
             Ok(catalog) => {
                 models.replace(catalog);
+                policies.replace(fresh);
                 let names: Vec<&str> = config.models.iter().map(|it| it.name.as_str()).collect();
                 tracing::info!(models = ?names, "the models were read anew");
             }

@@ -28,6 +28,7 @@ use crate::{
         responses_service_server::ResponsesService,
     },
     render::Heads,
+    safety::Policies,
     session::{Committed, Held},
     status::{bad_field, refusal, retry_later, unreadable},
     store::Missed,
@@ -60,6 +61,8 @@ pub struct Parts {
     pub biller: Arc<dyn Biller>,
     /// What may be used.
     pub budgets: Arc<Budgets>,
+    /// What items are checked under.
+    pub policies: Arc<Policies>,
     /// Limits of a stream.
     pub limits: Limits,
     /// Limits of a request.
@@ -129,6 +132,7 @@ impl Services {
                 principal.tenant.clone(),
                 principal.key_id.clone(),
             ),
+            policies: parts.policies.clone(),
             limits: parts.limits,
             slots: Arc::new(Semaphore::new(parts.limits.sampling_max)),
             out: out.clone(),

@@ -25,6 +25,7 @@ use crate::{
     model::Artifacts,
     render::{self, Entries, Head, Resume, Visible},
     request::{OpenCall, Settings, ValidItem},
+    safety::Checked,
 };
 
 /// A response that has ended and can be continued: a mark on the ledger. Never changes.
@@ -80,6 +81,8 @@ pub struct Committed {
     pub metadata: BTreeMap<String, String>,
     /// How it stands with the store.
     pub storing: Storing,
+    /// How its conversation was checked. What comes from the store is checked anew.
+    pub checked: Checked,
 }
 
 /// A conversation as the messages of one text side.

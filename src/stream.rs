@@ -36,6 +36,7 @@ use crate::{
     model::Models,
     render::Heads,
     request::{Create, NewItem},
+    safety::Policies,
     session::Held,
 };
 
@@ -119,6 +120,8 @@ pub struct Shared {
     pub account: Account,
     /// What its responses pay from.
     pub wallet: Wallet,
+    /// What items are checked under.
+    pub policies: Arc<Policies>,
     /// How long and how much.
     pub limits: Limits,
     /// Where events go.

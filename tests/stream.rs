@@ -22,3 +22,5 @@ mod lanes;
 mod loops;
 #[path = "stream/refusals.rs"]
 mod refusals;
+#[path = "stream/safety.rs"]
+mod safety;

@@ -52,7 +52,10 @@ impl Client {
         loop {
             let response = self.events.message().await.unwrap().unwrap();
             match response.event.unwrap() {
-                Event::Created(_) | Event::Appended(_) | Event::GoAway(_) => {}
+                Event::Created(_)
+                | Event::Appended(_)
+                | Event::GoAway(_)
+                | Event::SafetyVerdict(_) => {}
                 Event::Error(error) => panic!("{error:?}"),
                 Event::Done(done) => {
                     assert!(

@@ -208,6 +208,7 @@ async fn serve(
         archive: Archive::new(sessions),
         budgets: Arc::default(),
         biller,
+        policies: Arc::default(),
         limits: config.stream.limits(),
         request_limits: RequestLimits {
             items_max: 1 << 20,

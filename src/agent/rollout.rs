@@ -533,6 +533,11 @@ impl<W: Write> Rollout<W> {
             }
             Some(Event::Done(done)) if ours => return self.on_done(*done),
             Some(Event::Error(error)) => return self.on_error(&request_id, *error),
+            Some(Event::SafetyVerdict(verdict)) if ours => {
+                let rule = &verdict.rule;
+                self.screen
+                    .note(&format!("the server's rule {rule} has found something"))?;
+            }
             Some(Event::GoAway(go_away)) => {
                 self.screen.note(&format!(
                     "the server will close the stream in {:.1} s ({})",
@@ -549,6 +554,7 @@ impl<W: Write> Rollout<W> {
                 | Event::OutputTextDelta(_)
                 | Event::ReasoningTextDelta(_)
                 | Event::OutputItemDone(_)
+                | Event::SafetyVerdict(_)
                 | Event::Done(_),
             )
             | None => {}

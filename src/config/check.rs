@@ -44,6 +44,17 @@ impl Config {
         }
         self.check_models()?;
         self.check_budgets()?;
+        for (index, policy) in self.safety.policies.iter().enumerate() {
+            if let Err(reason) = policy.check() {
+                return conflict(format!("safety.policy[{index}].{reason}"));
+            }
+            let known = |name: &&String| self.models.iter().any(|model| model.name == **name);
+            if let Some(name) = policy.models.iter().find(|name| !known(name)) {
+                return conflict(format!(
+                    "safety.policy[{index}].models: no model has the name {name}"
+                ));
+            }
+        }
         self.gate()?;
         Ok(())
     }
@@ -265,7 +276,7 @@ impl Config {
     pub(super) fn ranges(&self) -> Vec<(&'static str, u64, RangeInclusive<u64>)> {
         const DAY_SECS: u64 = 24 * 3600;
         const GIB: u64 = 1 << 30;
-        let Self { server, stream, request, cache, store, billing, routing: _, auth: _, log: _, models: _, aliases: _, budgets: _, prices: _, api_keys: _, secrets: _ } = self;
+        let Self { server, stream, request, cache, store, billing, routing: _, safety: _, auth: _, log: _, models: _, aliases: _, budgets: _, prices: _, api_keys: _, secrets: _ } = self;
         let count = |number: usize| number as u64;
         vec![
             // Under 64 KiB a create with a few tools would not fit; a message is held in memory

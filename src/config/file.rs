@@ -40,7 +40,8 @@ pub(super) fn read(path: &Path) -> Result<Config, ConfigError> {
     }
     let exports = config.billing.export.iter_mut().map(|it| &mut it.path);
     let kept = config.store.path.iter_mut().chain(&mut config.billing.path);
-    for path in kept.chain(exports) {
+    let rules = config.safety.rules.iter_mut();
+    for path in kept.chain(exports).chain(rules) {
         *path = directory.join(&*path);
     }
     Ok(config)

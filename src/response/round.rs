@@ -1,11 +1,13 @@
 //! One sample while it comes: tokens to text, text to items, items to events, and everything of
 //! it kept for the ledger exactly as it was sampled.
 
+mod filter;
+
 use std::sync::Arc;
 
 use super::{Open, ROUND_TAIL_BYTES, RoundEnd};
 use crate::{
-    event::{Code, DeltaKind, Error, Event},
+    event::{Code, DeltaKind, Error, Event, Scope, Verdict},
     item::{
         Body, CallId, Item, ItemId, ItemStatus, NamedLogprob, Part, Role, TokenLogprob, Tool,
         ToolKind,
@@ -14,6 +16,7 @@ use crate::{
     model::Model,
     parse::{Parsed, Parser, ParserOptions, Piece},
     request::{OpenCall, ValidItem},
+    safety::{Gate, Policy},
     tokenizer::{DetokPiece, Detokenizer, Tokenizer},
 };
 
@@ -43,6 +46,13 @@ pub(super) struct Round {
     reasoning_tokens: u32,
     logprobs: Vec<NamedLogprob>,
     stage: Stage,
+    policy: Option<Arc<Policy>>,
+    /// The way of the item in progress to the client, where a policy looks at it.
+    gate: Option<Gate>,
+    /// A monitor has ended the sample.
+    filtered: bool,
+    /// What was found in the item in progress.
+    verdicts: Vec<Verdict>,
 }
 
 /// How far the sample came.
@@ -167,6 +177,10 @@ impl Round {
             reasoning_tokens: 0,
             logprobs: Vec::new(),
             stage: Stage::Running,
+            policy: open.policy.clone(),
+            gate: None,
+            filtered: false,
+            verdicts: Vec::new(),
             model,
         }
     }
@@ -270,8 +284,14 @@ impl Round {
         end
     }
 
-    /// Ends the sample: what is held back is let go, the item in progress is closed.
-    pub(super) fn finish(&mut self, end: RoundEnd, open: &mut Open, events: &mut Vec<Event>) {
+    /// Ends the sample: what is held back is let go, the item in progress is closed. Says how it ended
+    /// after all: a monitor may find something in what was held back.
+    pub(super) fn finish(
+        &mut self,
+        end: RoundEnd,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> RoundEnd {
         let status = match end {
             RoundEnd::Stop | RoundEnd::Boundary => ItemStatus::Completed,
             RoundEnd::Length | RoundEnd::Filtered | RoundEnd::Spent | RoundEnd::Interrupted => {
@@ -309,6 +329,11 @@ impl Round {
             self.release_stop(events);
         }
         self.close(status, events);
+        let end = if self.filtered {
+            RoundEnd::Filtered
+        } else {
+            end
+        };
         if self.outputs.is_empty() && end == RoundEnd::Stop {
             // The model had nothing to say: that, too, is an answer.
             self.open(Kind::Text(String::new(), Vec::new()), events);
@@ -317,9 +342,24 @@ impl Round {
         if let Some(last) = self.draft.spans.last_mut() {
             last.tokens.end = self.first_token + self.draft.ids.len();
         }
+        end
     }
 
     fn apply(
+        &mut self,
+        found: Parsed,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> Option<RoundEnd> {
+        let end = self.read(found, open, events);
+        if self.filtered {
+            Some(RoundEnd::Filtered)
+        } else {
+            end
+        }
+    }
+
+    fn read(
         &mut self,
         found: Parsed,
         open: &mut Open,
@@ -358,7 +398,7 @@ impl Round {
                 if !visible.is_empty() {
                     self.text(&visible, events);
                 }
-                let stopped = stopped?;
+                let stopped = stopped.filter(|_| !self.filtered)?;
                 // Only tokens that lie wholly before the stop text stay as they were sampled.
                 let at = self.draft.text.rfind(&*stopped).unwrap_or(0);
                 self.keep(self.ends.partition_point(|end| end.byte <= at));
@@ -392,7 +432,9 @@ impl Round {
                     ..
                 }) = &self.item
                 {
-                    self.delta(*index, DeltaKind::Arguments, &delta, Vec::new(), events);
+                    let index = *index;
+                    let delta = self.pass(delta.into(), false);
+                    self.delta(index, DeltaKind::Arguments, &delta, Vec::new(), events);
                 }
                 None
             }
@@ -413,12 +455,7 @@ impl Round {
         events: &mut Vec<Event>,
     ) -> Option<RoundEnd> {
         let building = self.item.take()?;
-        let Kind::Call {
-            call_id,
-            name,
-            custom,
-        } = &building.kind
-        else {
+        let Kind::Call { custom, .. } = &building.kind else {
             self.item = Some(building);
             return None;
         };
@@ -428,10 +465,21 @@ impl Round {
             self.text(arguments, events);
             return None;
         }
+        let (custom, index) = (*custom, building.index);
+        self.item = Some(building);
+        let arguments = &*self.pass_call(arguments, custom, index, events);
+        if self.filtered {
+            self.abandon(events);
+            return None;
+        }
+        let building = self.item.take()?;
+        let Kind::Call { call_id, name, .. } = &building.kind else {
+            return None;
+        };
         open.open_calls.push(OpenCall {
             call_id: call_id.clone(),
             name: name.clone(),
-            custom: *custom,
+            custom,
         });
         let body = building.kind.body(arguments);
         self.emit(
@@ -462,6 +510,9 @@ impl Round {
             Kind::Reasoning(_) | Kind::Call { .. } => self.ends.len(),
         });
         self.close(ItemStatus::Completed, events);
+        if self.filtered {
+            return Some(RoundEnd::Filtered);
+        }
         let tokens = closed.filter(|_| open.steered() && self.stage == Stage::Running)?;
         self.keep(tokens.min(self.ends.len().saturating_sub(1)));
         Some(RoundEnd::Boundary)
@@ -480,10 +531,18 @@ impl Round {
                 body,
             }),
         });
+        let scope = match kind {
+            Kind::Reasoning(_) => Scope::Reasoning,
+            Kind::Text(..) | Kind::Call { .. } => Scope::ModelOutput,
+        };
+        let policy = self.policy.as_ref();
+        self.gate = policy.and_then(|policy| Gate::new(policy, scope));
         self.item = Some(Building { id, index, kind });
     }
 
     fn reasoning(&mut self, delta: &str, events: &mut Vec<Event>) {
+        self.logprobs.clear();
+        let delta = &*self.pass(delta.into(), false);
         let Some(Building {
             index,
             kind: Kind::Reasoning(content),
@@ -494,11 +553,13 @@ impl Round {
         };
         content.push_str(delta);
         let index = *index;
-        self.logprobs.clear();
         self.delta(index, DeltaKind::Reasoning, delta, Vec::new(), events);
     }
 
     fn text(&mut self, delta: &str, events: &mut Vec<Event>) {
+        if self.filtered {
+            return;
+        }
         if !matches!(
             &self.item,
             Some(Building {
@@ -509,7 +570,23 @@ impl Round {
             self.close(ItemStatus::Completed, events);
             self.open(Kind::Text(String::new(), Vec::new()), events);
         }
-        let fresh = std::mem::take(&mut self.logprobs);
+        self.shown = self.draft.ids.len();
+        let delta = self.pass(delta.into(), false);
+        self.show(&delta, events);
+    }
+
+    /// Text that has passed.
+    fn show(&mut self, delta: &str, events: &mut Vec<Event>) {
+        // They spell the text: those of what is held back wait with it, those of an item in which
+        // something was replaced are not told any more.
+        let fresh = match &self.gate {
+            Some(gate) if gate.redacted() => {
+                self.logprobs.clear();
+                Vec::new()
+            }
+            Some(gate) if gate.holds() => Vec::new(),
+            Some(_) | None => std::mem::take(&mut self.logprobs),
+        };
         let Some(Building {
             index,
             kind: Kind::Text(text, logprobs),
@@ -519,7 +596,6 @@ impl Round {
             return;
         };
         text.push_str(delta);
-        self.shown = self.draft.ids.len();
         logprobs.extend(fresh.iter().cloned());
         let index = *index;
         self.delta(index, DeltaKind::Text, delta, fresh, events);
@@ -558,6 +634,12 @@ impl Round {
 
     /// Closes the item in progress; a call in progress is not whole and so no item.
     fn close(&mut self, status: ItemStatus, events: &mut Vec<Event>) {
+        self.let_go(events);
+        let status = if self.filtered {
+            ItemStatus::Incomplete
+        } else {
+            status
+        };
         if matches!(
             &self.item,
             Some(Building {
@@ -584,6 +666,7 @@ impl Round {
                 output_index: index,
                 item,
             });
+            self.tell(events);
         }
     }
 
@@ -612,6 +695,7 @@ impl Round {
             output_index: index,
             item,
         });
+        self.tell(events);
     }
 
     /// Keeps only the first tokens of the sample, and of those no part of a character: what was

@@ -20,6 +20,7 @@ use crate::{
         responses_service_server::ResponsesServiceServer,
     },
     render::Heads,
+    safety::{Policies, Rules},
     service::{Parts, Services},
     session::{ParkedLimits, Sessions},
     store::{self, Embedded, Queue},
@@ -29,7 +30,7 @@ use crate::{
 /// Makes caches and services over these models.
 pub(super) fn services(
     config: &Config,
-    models: Arc<Models>,
+    (models, policies): (Arc<Models>, Arc<Policies>),
     drain: &Drain,
 ) -> Result<Services, ServeError> {
     let stream = &config.stream;
@@ -59,6 +60,7 @@ pub(super) fn services(
         archive,
         biller: biller(&config.billing)?,
         budgets: Arc::new(Budgets::new(&config.budgets, &config.prices)),
+        policies,
         limits: stream.limits(),
         request_limits: RequestLimits {
             items_max: config.request.items_max,
@@ -69,6 +71,21 @@ pub(super) fn services(
         streams_max: config.server.streams_max,
         drain: drain.clone(),
     }))
+}
+
+/// What items are checked under. Rules that no policy uses are not read.
+pub(super) fn policies(config: &config::Safety) -> Result<Policies, ServeError> {
+    let refuse = |reason: String| ServeError::Safety { reason };
+    let rules = match &config.rules {
+        _ if config.policies.is_empty() => return Ok(Policies::default()),
+        None => Rules::built_in(),
+        Some(path) => Rules::read(path),
+    };
+    let rules = rules.map_err(|error| match &config.rules {
+        Some(path) => refuse(format!("rules {}: {error}", path.display())),
+        None => refuse(format!("rules: {error}")),
+    })?;
+    Policies::new(rules, config.policies.clone()).map_err(|error| refuse(error.to_string()))
 }
 
 /// Opens the store in this file, with its queue before it.

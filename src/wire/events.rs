@@ -1,11 +1,11 @@
 //! Events and items, onto the wire.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     event::{
-        Charged, DeltaKind, Done, Envelope, Error, Event, Finish, IncompleteReason, PromptReport,
-        RerenderReason, Retry, Status, Timing, Usage,
+        Action, Charged, DeltaKind, Done, Envelope, Error, Event, Finish, IncompleteReason,
+        PromptReport, RerenderReason, Retry, Scope, Status, Timing, Usage, Verdict,
     },
     item::{Body, Item, ItemId, ItemStatus, NamedLogprob, Part, Role},
     proto as pb,
@@ -73,6 +73,7 @@ pub fn response(sequence_number: u64, envelope: Envelope) -> pb::ConnectResponse
                 item: Some(item_message(&item)),
             }))
         }
+        Event::Verdict(verdict) => Wire::SafetyVerdict(Box::new(verdict_message(&verdict))),
         Event::Done(done) => Wire::Done(Box::new(done_message(*done))),
         Event::Error(error) => Wire::Error(Box::new(error_message(&error))),
         Event::GoAway {
@@ -258,6 +259,36 @@ fn error_message(error: &Error) -> pb::Error {
         }
         .into(),
         retry_after_ms: error.retry_after.map_or(0, millis),
+    }
+}
+
+fn verdict_message(verdict: &Verdict) -> pb::SafetyVerdict {
+    let position = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
+    let range = |range: &Range<usize>| pb::SafetyRange {
+        start: position(range.start),
+        end: position(range.end),
+    };
+    pb::SafetyVerdict {
+        item_id: verdict.item_id.to_string(),
+        rule: verdict.rule.to_string(),
+        policy_version: verdict.policy.to_string(),
+        scope: match verdict.scope {
+            Scope::UserInput => pb::SafetyScope::UserInput,
+            Scope::ToolOutput => pb::SafetyScope::ToolOutput,
+            Scope::ModelOutput => pb::SafetyScope::ModelOutput,
+            Scope::Reasoning => pb::SafetyScope::Reasoning,
+        }
+        .into(),
+        action: match verdict.action {
+            Action::Observe => pb::SafetyAction::Observe,
+            Action::Redact => pb::SafetyAction::Redact,
+            Action::Refuse => pb::SafetyAction::Refuse,
+            Action::End => pb::SafetyAction::End,
+        }
+        .into(),
+        bytes: Some(range(&verdict.bytes)),
+        tokens: verdict.tokens.as_ref().map(range),
+        late: verdict.late,
     }
 }
 

@@ -150,6 +150,7 @@ impl Server {
             wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(tenant.into()),
             archive: self.archive.clone(),
+            policies: Arc::default(),
             limits: STREAM,
             slots: Arc::new(Semaphore::new(STREAM.sampling_max)),
             out,
@@ -311,6 +312,8 @@ fn portrait(response: &Committed) -> String {
         created_at_ms,
         metadata,
         storing: _,
+        // What comes from the store is checked anew.
+        checked: _,
     } = response;
     let view = view.as_ref().unwrap();
     let entries: Vec<_> = view

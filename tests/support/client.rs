@@ -82,13 +82,15 @@ impl Client {
             &model.abilities(),
         )?;
         let begin = Begin {
+            policy: None,
+            recheck: safety::Recheck::default(),
             id: ResponseId::new(),
             tenant: self.held.tenant().clone(),
             model: model.clone(),
             settings: valid.settings,
             parent: parent.cloned(),
             today: DATE,
-            input: safety::clear(valid.input),
+            input: safety::clear(valid.input, None, &safety::Names::default())?,
             open_calls: valid.open_calls,
             created_at_ms: 0,
             metadata: BTreeMap::new(),

@@ -23,10 +23,11 @@ use hotloop::{
     proto::{
         self, Append, Cancel, ConnectRequest, ConnectResponse, Create, Disposition, Done, Finish,
         FinishReason, FunctionCallOutput, FunctionTool, IncompleteReason, Item, ItemStatus,
-        ResponseStatus, Retry, Role, connect_request::Command, connect_response::Event,
-        content_part, item,
+        ResponseStatus, Retry, Role, SafetyAction, SafetyRange, SafetyVerdict,
+        connect_request::Command, connect_response::Event, content_part, item,
     },
     render::Heads,
+    safety::Policies,
     session::{Committed, Held, ParkedLimits, Sessions},
     stream::{self, Limits, Outgoing, Shared, StreamEnd},
     tokenizer::Encoded,
@@ -52,6 +53,7 @@ pub struct House {
     pub sessions: Arc<Sessions>,
     models: Arc<Models>,
     heads: Arc<Heads>,
+    pub policies: Arc<Policies>,
     samples: mpsc::UnboundedReceiver<Sample>,
     prefills: mpsc::UnboundedReceiver<Prefill>,
 }
@@ -119,6 +121,7 @@ impl House {
             sessions: Sessions::new(plan.parked),
             models: Arc::new(Models::new(Arc::new(model), Vec::new())),
             heads: Arc::new(Heads::new(1 << 20)),
+            policies: Arc::default(),
             samples,
             prefills,
         }
@@ -139,6 +142,7 @@ impl House {
             archive: Archive::new(self.sessions.clone()),
             wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(Tenant::from(tenant)),
+            policies: self.policies.clone(),
             limits: self.limits,
             out,
             slots: slots.clone(),
@@ -797,6 +801,7 @@ fn event_line(event: &Event) -> String {
             let item = item_line(done.item.as_ref().unwrap());
             format!("item {}: {item}", done.output_index)
         }
+        Event::SafetyVerdict(verdict) => verdict_line(verdict),
         Event::Done(done) => done_line(done),
         Event::Error(error) => format!("error {}", error_line(error)),
         Event::GoAway(go_away) => {
@@ -879,6 +884,27 @@ fn done_line(done: &Done) -> String {
         done.output_item_ids.join(" "),
         usage.output_tokens,
         usage.samples,
+    )
+}
+
+fn verdict_line(verdict: &SafetyVerdict) -> String {
+    let range = |range: &SafetyRange| format!("{}..{}", range.start, range.end);
+    let action = match verdict.action() {
+        SafetyAction::Unspecified | SafetyAction::Refuse => panic!("never sent: {verdict:?}"),
+        SafetyAction::Observe => "observed",
+        SafetyAction::Redact => "redacted",
+        SafetyAction::End => "ended",
+    };
+    let tokens = verdict.tokens.as_ref();
+    let tokens = tokens.map(|it| format!(" tokens {}", it.end - it.start));
+    let late = if verdict.late { " late" } else { "" };
+    assert_eq!(verdict.policy_version.len(), 16);
+    format!(
+        "{action}{late} {} in {} {}{}",
+        verdict.rule,
+        verdict.item_id,
+        range(verdict.bytes.as_ref().unwrap()),
+        tokens.unwrap_or_default(),
     )
 }
 
@@ -989,6 +1015,7 @@ impl Checker {
                 response.more(delta.output_index, &delta.delta);
             }
             Event::OutputItemDone(done) => response.whole(done),
+            Event::SafetyVerdict(_) => {}
             Event::Done(done) => {
                 response.done(done);
                 if response.ended {

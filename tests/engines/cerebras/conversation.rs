@@ -66,6 +66,7 @@ impl Stream {
             archive: Archive::new(sessions),
             wallet: hotloop::budget::Wallet::default(),
             account: Account::logged(Tenant::from("tenant")),
+            policies: Arc::default(),
             limits,
             out,
             slots: Arc::new(Semaphore::new(limits.sampling_max)),
