@@ -15,6 +15,7 @@
 //! it: a create for which there is no room waits or is refused ([`AtBound`]), and a settlement
 //! always has room. So no token is sampled that could not be recorded, and `done` waits for no disk.
 
+mod cloudevents;
 mod export;
 mod journal;
 mod jsonl;
@@ -36,6 +37,7 @@ use crate::{
     item::{ResponseId, Tenant},
 };
 
+pub use cloudevents::CloudEvents;
 pub use export::{Export, Exporter, Retries};
 pub use journal::{Busy, Journal, JournalError, OpenError};
 pub use jsonl::Jsonl;

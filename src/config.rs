@@ -387,8 +387,19 @@ pub struct BillingExport {
     pub name: String,
     /// What it is.
     pub kind: ExportKind,
-    /// The file, relative to the file of settings.
+    /// Of `jsonl`: the file, relative to the file of settings.
+    #[serde(default, skip_serializing_if = "no_path")]
     pub path: PathBuf,
+    /// Of `cloudevents`: where records are posted to.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub url: String,
+    /// Of `cloudevents`: the environment variable with the key that is sent as `authorization: Bearer …`.
+    /// Empty: none is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub key_variable: String,
+    /// Of `cloudevents`: names this server in the events.
+    #[serde(default = "source")]
+    pub source: String,
     /// How large the file may become before another one is begun.
     #[serde(default = "rotate_bytes")]
     pub rotate_bytes: u64,
@@ -409,6 +420,8 @@ pub struct BillingExport {
 pub enum ExportKind {
     /// A file, with a line of JSON for each record.
     Jsonl,
+    /// CloudEvents over HTTP.
+    CloudEvents,
 }
 
 impl BillingExport {
@@ -421,6 +434,14 @@ impl BillingExport {
             rest_max: Duration::from_millis(self.rest_ms_max),
         }
     }
+}
+
+fn no_path(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+fn source() -> String {
+    "hotloop".to_owned()
 }
 
 fn rotate_bytes() -> u64 {
@@ -725,10 +746,16 @@ impl Config {
 
         let mut api_keys = Keys::default();
         let mut secrets = Secrets::default();
+        let sinks = config
+            .billing
+            .export
+            .iter()
+            .map(|it| it.key_variable.clone());
         let wanted: Vec<String> = config
             .models
             .iter()
             .flat_map(Model::key_variables)
+            .chain(sinks)
             .collect();
         for (variable, value) in environment {
             if wanted.contains(&variable) {

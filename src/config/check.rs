@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::backend::cerebras::CerebrasOptions;
 
-use super::{Alias, BillingExport, Config, ConfigError, Model, Sim};
+use super::{Alias, BillingExport, Config, ConfigError, ExportKind, Model, Sim};
 
 const NAME_CHARACTERS_MAX: usize = 128;
 
@@ -71,8 +71,26 @@ impl Config {
         if earlier.iter().any(|other| other.name == export.name) {
             return Err("name is that of one before it".to_owned());
         }
-        if earlier.iter().any(|other| other.path == export.path) {
-            return Err("path is that of one before it".to_owned());
+        match export.kind {
+            ExportKind::Jsonl if export.path.as_os_str().is_empty() => {
+                return Err("path is missing".to_owned());
+            }
+            ExportKind::CloudEvents
+                if !(export.url.starts_with("http://") || export.url.starts_with("https://")) =>
+            {
+                return Err("url is no http:// or https:// address".to_owned());
+            }
+            ExportKind::Jsonl | ExportKind::CloudEvents => {}
+        }
+        if !export.key_variable.is_empty() && self.secrets.get(&export.key_variable).is_none() {
+            return Err(format!(
+                "key_variable: the environment has no {}",
+                export.key_variable
+            ));
+        }
+        let same = |other: &BillingExport| (&other.path, &other.url) == (&export.path, &export.url);
+        if earlier.iter().any(same) {
+            return Err("path, or url, is that of one before it".to_owned());
         }
         let ranges = [
             ("rotate_bytes", export.rotate_bytes, 4096..=1024 * GIB),

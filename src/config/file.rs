@@ -39,6 +39,7 @@ pub(super) fn read(path: &Path) -> Result<Config, ConfigError> {
         }
     }
     let exports = config.billing.export.iter_mut().map(|it| &mut it.path);
+    let exports = exports.filter(|path| !path.as_os_str().is_empty());
     let kept = config.store.path.iter_mut().chain(&mut config.billing.path);
     let rules = config.safety.rules.iter_mut();
     for path in kept.chain(exports).chain(rules) {

@@ -415,7 +415,7 @@ fn the_pages_show_configurations_that_work() {
         ("routing.md", include_str!("../../docs/routing.md"), 1),
         ("local.md", include_str!("../../docs/local.md"), 2),
         ("budgets.md", include_str!("../../docs/budgets.md"), 1),
-        ("billing.md", include_str!("../../docs/billing.md"), 1),
+        ("billing.md", include_str!("../../docs/billing.md"), 2),
     ];
     for (page, text, count) in pages {
         let blocks = text.split("```toml\n").skip(1);

@@ -11,9 +11,9 @@ use tonic::service::Routes;
 use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
-    billing::{Biller, Billing, Export, Jsonl, Logged, OpenError},
+    billing::{Biller, Billing, CloudEvents, Export, Jsonl, Logged, OpenError},
     budget::Budgets,
-    config::{self, Config, ExportKind},
+    config::{self, Config, ExportKind, Secrets},
     model::Models,
     proto::{
         models_service_server::ModelsServiceServer,
@@ -58,7 +58,7 @@ pub(super) fn services(
         models,
         heads,
         archive,
-        biller: biller(&config.billing)?,
+        biller: biller(&config.billing, &config.secrets)?,
         budgets: Arc::new(Budgets::new(&config.budgets, &config.prices)),
         policies,
         limits: stream.limits(),
@@ -100,24 +100,32 @@ fn store(path: &Path, options: &config::Store) -> Result<Queue, String> {
 }
 
 /// Opens the journal of usage, where there is to be one.
-fn biller(options: &config::Billing) -> Result<Arc<dyn Biller>, ServeError> {
+fn biller(options: &config::Billing, secrets: &Secrets) -> Result<Arc<dyn Biller>, ServeError> {
     let Some(path) = &options.path else {
         let version = options.price_book_version.as_str().into();
         return Ok(Arc::new(Logged::new(version)));
     };
-    let exports = options.export.iter().map(|it| Export {
-        name: it.name.as_str().into(),
-        retries: it.retries(),
-        exporter: match it.kind {
-            ExportKind::Jsonl => Box::new(Jsonl::new(&it.path, it.rotate_bytes)),
-        },
-    });
-    let exports = exports.collect();
-    let opened = Billing::open(path, options.durability, options.options(), exports);
-    let billing = opened.map_err(|error: OpenError| ServeError::Billing {
+    let failed = |reason: String| ServeError::Billing {
         path: path.clone(),
-        reason: error.to_string(),
-    })?;
+        reason,
+    };
+    let exports = options.export.iter().map(|it| {
+        Ok(Export {
+            name: it.name.as_str().into(),
+            retries: it.retries(),
+            exporter: match it.kind {
+                ExportKind::Jsonl => Box::new(Jsonl::new(&it.path, it.rotate_bytes)),
+                ExportKind::CloudEvents => {
+                    let key = secrets.get(&it.key_variable);
+                    let sink = CloudEvents::new(&it.url, key, &it.source);
+                    Box::new(sink.map_err(|error| failed(error.to_string()))?)
+                }
+            },
+        })
+    });
+    let exports = exports.collect::<Result<_, ServeError>>()?;
+    let opened = Billing::open(path, options.durability, options.options(), exports);
+    let billing = opened.map_err(|error: OpenError| failed(error.to_string()))?;
     Ok(Arc::new(billing))
 }
 
