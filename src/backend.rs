@@ -301,3 +301,15 @@ pub enum BackendError {
         reason: String,
     },
 }
+
+impl BackendError {
+    /// The same error in the middle of a sample: something of it was seen.
+    #[must_use]
+    fn in_the_middle(self) -> Self {
+        match self {
+            Self::Unavailable { reason, .. }
+            | Self::Refused { reason }
+            | Self::Failed { reason } => Self::Failed { reason },
+        }
+    }
+}

@@ -386,14 +386,6 @@ impl Line {
         }
     }
 
-    /// Counts these amounts, also over the limit: they were used.
-    fn count(&self, amounts: Amounts, now_ms: u64) {
-        self.with(now_ms, |used| {
-            used.calls += amounts.calls;
-            used.millis += amounts.millis;
-        });
-    }
-
     /// Gives back what was reserved and not used. A window that is over keeps nothing.
     fn give_back(&self, amounts: Amounts) {
         let mut ledger = self.ledger.lock();
@@ -502,7 +494,7 @@ impl Purse {
         };
         self.take(reserved, now_ms)?;
         self.input = input_tokens;
-        if let Err(spent) = self.refill(1, now_ms) {
+        if let Err(spent) = self.refill(now_ms) {
             self.abandon();
             return Err(spent);
         }
@@ -510,10 +502,10 @@ impl Purse {
         Ok(left.map(|left| left + self.slice))
     }
 
-    /// Reserves a slice of the answer, or what is left where that is less but at least so much.
-    fn refill(&mut self, at_least: u64, now_ms: u64) -> Result<(), Spent> {
+    /// Reserves a slice of the answer, or what is left where that is less, but at least a token.
+    fn refill(&mut self, now_ms: u64) -> Result<(), Spent> {
         let left = self.output_left(now_ms).unwrap_or(u64::MAX);
-        let wanted = left.min(SLICE_TOKENS).max(at_least);
+        let wanted = left.clamp(1, SLICE_TOKENS);
         let amounts = Amounts {
             output: wanted,
             micros: self.cost(0, 0, wanted),
@@ -553,7 +545,7 @@ impl Purse {
                 });
             }
         }
-        self.refill(1, now_ms)
+        self.refill(now_ms)
     }
 
     /// The sample has ended: it took so long and made so many calls, and so many tokens of its prompt
@@ -562,13 +554,12 @@ impl Purse {
         if self.is_free() {
             return;
         }
-        let amounts = Amounts {
-            calls,
-            millis: took_ms,
-            ..Amounts::default()
-        };
         for line in &self.lines {
-            line.count(amounts, now_ms);
+            // Over the limit, too: they were used.
+            line.with(now_ms, |used| {
+                used.calls += calls;
+                used.millis += took_ms;
+            });
         }
         // What the cache saved, too.
         let dear = self.cost(self.input, 0, 0);
@@ -602,16 +593,6 @@ impl Purse {
             (limit > 0).then(|| limit.saturating_sub(used))
         });
         left.min()
-    }
-
-    /// The budget whose time has run out while a sample ran.
-    #[must_use]
-    pub fn out_of_time(&self, now_ms: u64) -> Option<Spent> {
-        let lines = self.lines.iter();
-        let mut timed = lines.filter(|line| line.budget.limits.millis > 0);
-        timed
-            .next()
-            .map(|line| line.budget.spent(Kind::Time, now_ms))
     }
 }
 

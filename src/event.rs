@@ -1,10 +1,22 @@
 //! What the server tells a client: events, usage, timings, and the errors with their codes.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
 
 use crate::item::{CallId, Item, ItemId, LaneName, NamedLogprob, RequestId, ResponseId};
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
 
 /// An event and what it belongs to. The sequence number is given when it leaves.
 #[derive(Debug, Clone, PartialEq)]

@@ -327,6 +327,10 @@ pub struct Tool {
     pub kind: ToolKind,
 }
 
+/// The schema by which templates and services, which know only functions, are told of a custom tool.
+pub(crate) const CUSTOM_PARAMETERS: &str =
+    r#"{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}"#;
+
 /// What a tool takes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToolKind {

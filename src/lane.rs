@@ -19,7 +19,7 @@ use crate::{
     backend::{BackendError, Chunks, Prompt},
     billing::{Counts, Full, Meter, Served, Settlement},
     budget::{Purse, Spent},
-    event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage},
+    event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage, now_ms},
     item::{ItemId, LaneName, RequestId, ResponseId},
     model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
@@ -728,7 +728,8 @@ impl Driver<'_> {
             let sampled = open.usage().output_tokens;
             let end = open.chunk(chunk, events);
             let sampled = open.usage().output_tokens - sampled;
-            let spent = self.purse.output(sampled.into(), now_ms()).is_err();
+            let free = self.purse.is_free();
+            let spent = !free && self.purse.output(sampled.into(), now_ms()).is_err();
             let counts = self.counts(open);
             if let Some(meter) = &mut self.meter {
                 meter.checkpoint(counts);
@@ -935,11 +936,6 @@ async fn sleep_for(millis: Option<u64>) {
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Milliseconds since 1970.
-fn now_ms() -> u64 {
-    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
 }
 
 /// What serves the response now.

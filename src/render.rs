@@ -22,7 +22,7 @@ pub use chat::messages;
 
 use crate::{
     event::{Code, Error},
-    item::{Body, CallId, Item, Part, Role, Tenant, ToolKind},
+    item::{Body, CUSTOM_PARAMETERS, CallId, Item, Part, Role, Tenant, ToolKind},
     ledger::{Cut, Draft, Rope, common_prefix, first_difference},
     model::Artifacts,
     request::{Effort, Settings, ValidItem},
@@ -100,10 +100,6 @@ impl Head {
         self.date
     }
 }
-
-/// The schema by which templates, which know only functions, are told of a custom tool.
-const CUSTOM_PARAMETERS: &str =
-    r#"{"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}"#;
 
 /// All messages of a conversation, in order. A clone costs nothing and shares them, so that each
 /// response can hold the whole conversation up to it.

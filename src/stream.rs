@@ -14,7 +14,7 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use futures::{Stream, StreamExt as _};
@@ -30,7 +30,7 @@ use crate::{
     archive::Archive,
     billing::Account,
     budget::Wallet,
-    event::{Code, Envelope, Error, Event},
+    event::{Code, Envelope, Error, Event, now_ms},
     item::{LaneName, RequestId, ResponseId},
     lane::{Cancel, Control, Job, Parent, Place, Turn, What},
     model::Models,
@@ -366,14 +366,6 @@ impl Stream for Outgoing {
             }
         }
     }
-}
-
-/// Milliseconds since 1970.
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| {
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-    })
 }
 
 /// An open response, as the reader knows it.

@@ -4,11 +4,7 @@
 //! after the last one. A conversation is kept or let go as a whole, since its later responses
 //! are nothing without the earlier ones: the one that has gone longest without a new response goes first.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use redb::{
@@ -18,7 +14,10 @@ use redb::{
 };
 
 use super::{Record, Store, StoreError, encoding};
-use crate::item::{ResponseId, Tenant};
+use crate::{
+    event::now_ms,
+    item::{ResponseId, Tenant},
+};
 
 /// The layout of the tables below.
 const FORMAT: u64 = 1;
@@ -158,11 +157,6 @@ impl Store for Embedded {
 
 fn medium(error: impl std::error::Error + Send + Sync + 'static) -> StoreError {
     StoreError::Medium(Box::new(error))
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    millis(since.unwrap_or_default())
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -10,13 +10,9 @@ use serde_json::value::RawValue;
 use super::body::refused;
 use crate::{
     backend::BackendError,
-    item::{Tool, ToolKind},
+    item::{CUSTOM_PARAMETERS, Tool, ToolKind},
     request::{Settings, TextFormat, ToolChoice},
 };
-
-/// What a custom tool takes: the same that templates are told.
-const CUSTOM_PARAMETERS: &str =
-    r#"{"type":"object","properties":{"input":{"type":"string"}},"required":["input"]}"#;
 
 /// The most bytes that are kept of each kind.
 const KEPT_BYTES_MAX: u64 = 32 << 20;

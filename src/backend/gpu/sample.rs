@@ -152,7 +152,7 @@ async fn chunks<D: Piece>(
             Some(first) => Ok(first),
             None => match timeout(gap_max, next(&mut messages)).await {
                 // From here on nothing may be tried again from the start.
-                Ok(message) => message.map_err(broken),
+                Ok(message) => message.map_err(BackendError::in_the_middle),
                 Err(_) => Err(Refusal::Silent(gap_max).into()),
             },
         };
@@ -219,16 +219,6 @@ pub(super) fn refused(status: &Status) -> BackendError {
         | Code::Unauthenticated) => BackendError::Failed {
             reason: format!("the engine answers {code:?}: {text}"),
         },
-    }
-}
-
-/// The same behind the first message.
-fn broken(error: BackendError) -> BackendError {
-    match error {
-        failed @ BackendError::Failed { .. } => failed,
-        BackendError::Unavailable { reason, .. } | BackendError::Refused { reason } => {
-            BackendError::Failed { reason }
-        }
     }
 }
 

@@ -292,7 +292,7 @@ impl Rest {
         match (next, &self.passed) {
             (Some(next), _) => Next::Attempt(next),
             (None, Passed::Nothing(_)) => Next::Last(Err(self.fleet.begun_nowhere(error))),
-            (None, Passed::Tokens { .. } | Passed::Final) => Next::Last(Err(broken(error))),
+            (None, Passed::Tokens { .. } | Passed::Final) => Next::Last(Err(error.in_the_middle())),
         }
     }
 }
@@ -339,13 +339,4 @@ fn end_of(sampling: &Sampling, sampled: &[u32]) -> Option<SampleEnd> {
         return Some(SampleEnd::Stop);
     }
     (sampled.len() >= sampling.max_tokens as usize).then_some(SampleEnd::Length)
-}
-
-/// The error in the middle of a sample: something of it was seen.
-fn broken(error: BackendError) -> BackendError {
-    match error {
-        BackendError::Unavailable { reason, .. }
-        | BackendError::Refused { reason }
-        | BackendError::Failed { reason } => BackendError::Failed { reason },
-    }
 }
