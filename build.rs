@@ -31,6 +31,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             "crate::proto::ConnectResponse",
         )
         .compile_fds(descriptors)?;
+    // What classifiers speak, servers of it too, for those who write one in Rust.
+    let classifiers = protox::compile(["hotloop/safety/v1/classifier.proto"], ["proto"])?;
+    tonic_prost_build::configure()
+        .build_transport(false)
+        .compile_fds(classifiers)?;
     // What engines speak. Servers of it too, which tests play the engines with.
     let engines = protox::compile(
         ["vllm_engine.proto", "sglang_scheduler.proto"],

@@ -239,7 +239,7 @@ fn safety(criterion: &mut Criterion) {
         scopes: observed,
         ..PolicyOptions::default()
     };
-    let policies = Policies::new(Rules::built_in().unwrap(), vec![options]).unwrap();
+    let policies = Policies::new(Rules::built_in().unwrap(), Vec::new(), vec![options]).unwrap();
     let policy = policies.get("model", &"tenant".into()).unwrap();
     let mut texts = Texts::new(4);
     let text = texts.of(10_000);

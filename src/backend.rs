@@ -10,6 +10,7 @@ pub mod gpu;
 pub mod router;
 pub mod sim;
 
+pub(crate) mod breaker;
 mod lark;
 
 #[cfg(feature = "local")]

@@ -27,7 +27,7 @@ use crate::{
     },
     billing::{AtBound, BillingOptions, Durability, Pace, Reserve, Retries},
     budget::{BudgetOptions, Price},
-    safety::PolicyOptions,
+    safety::{ClassifierOptions, PolicyOptions},
     stream::Limits,
 };
 use serde::{Deserialize, Serialize};
@@ -461,7 +461,7 @@ fn rest_ms_max() -> u64 {
 }
 
 /// What items are checked for.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Safety {
     /// The file of rules, relative to the file of settings. `None`, and empty in the file: those that
@@ -472,6 +472,9 @@ pub struct Safety {
     /// `[[safety.policy]]`.
     #[serde(rename = "policy", skip_serializing_if = "Vec::is_empty")]
     pub policies: Vec<PolicyOptions>,
+    /// What is asked over a network. In the file: `[[safety.classifier]]`.
+    #[serde(rename = "classifier", skip_serializing_if = "Vec::is_empty")]
+    pub classifiers: Vec<ClassifierOptions>,
 }
 
 /// The log.
@@ -751,11 +754,14 @@ impl Config {
             .export
             .iter()
             .map(|it| it.key_variable.clone());
+        let classifiers = config.safety.classifiers.iter();
+        let classifiers = classifiers.map(|it| it.key_variable.clone());
         let wanted: Vec<String> = config
             .models
             .iter()
             .flat_map(Model::key_variables)
             .chain(sinks)
+            .chain(classifiers)
             .collect();
         for (variable, value) in environment {
             if wanted.contains(&variable) {

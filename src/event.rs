@@ -123,7 +123,7 @@ pub enum Action {
 }
 
 /// What a monitor found in an item, and what was done about it. Never the text itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
     /// The rule that found it.
     pub rule: Arc<str>,
@@ -141,6 +141,8 @@ pub struct Verdict {
     pub tokens: Option<Range<usize>>,
     /// Some of it was shown before it could be known: more than the policy holds back.
     pub late: bool,
+    /// How sure a classifier is, 0 to 1, where it tells.
+    pub score: Option<f32>,
 }
 
 /// What a delta is more of.

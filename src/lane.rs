@@ -2,8 +2,11 @@
 //! the lane to its end. All waiting is here; what happens is in `response`.
 
 mod ending;
+mod judged;
+mod withheld;
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -13,21 +16,26 @@ use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     time::Instant,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     backend::{BackendError, Chunks, Prompt},
     billing::{Counts, Full, Meter, Served, Settlement},
     budget::{Purse, Spent},
-    event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage, now_ms},
+    event::{
+        Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage, Verdict, now_ms,
+    },
     item::{ItemId, LaneName, RequestId, ResponseId},
     model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
-    response::{Begin, End, Next, Open, RoundEnd},
-    safety::{self, Checked, Cleared, History, Names, Policy, Recheck},
+    response::{Begin, End, Next, Open, Piece, RoundEnd},
+    safety::{self, Checked, Cleared, GateAt, History, Inquiry, Judgement, Names, Policy, Recheck},
     session::Committed,
     stream::{Batch, Gone, Shared, not_found, not_open},
 };
+
+use judged::{Unadmitted, admissible};
+use withheld::{About, Judged, Told, Withheld};
 
 /// Input of at least this many bytes is rendered on the blocking pool: encoding it takes longer
 /// than other tasks should wait.
@@ -225,7 +233,12 @@ async fn drive(job: Job, shared: &Shared) {
         earlier: Vec::new(),
         meter: None,
         purse: Purse::default(),
+        sampled_tokens: 0,
         delivered_tokens: 0,
+        withheld: Withheld::default(),
+        unadmitted: VecDeque::new(),
+        found: Vec::new(),
+        told: false,
     };
     let parent = match driver.wait(&before, parent).await {
         Ok(Ok(parent)) => parent,
@@ -253,6 +266,24 @@ async fn drive(job: Job, shared: &Shared) {
             return driver.close().await;
         }
     };
+    // Nothing waits for a warm-up, so it waits for all that is said.
+    let waits = prepare_only
+        || open
+            .policy()
+            .is_some_and(|it| it.gate() == GateAt::Sampling);
+    if waits {
+        match driver.input_judged().await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                driver.refuse(error).await;
+                return driver.close().await;
+            }
+            Err(stop) => {
+                driver.stopped_early(stop).await;
+                return driver.close().await;
+            }
+        }
+    }
     driver.purse = driver.shared.wallet.begin(&open.model().name);
     if !prepare_only && let Err(spent) = driver.afford(&mut open) {
         driver.refuse(quota(&spent)).await;
@@ -284,8 +315,8 @@ async fn drive(job: Job, shared: &Shared) {
         previous,
         created_at_ms,
     };
-    let verdicts = open.take_verdicts();
-    let events = std::iter::once(created).chain(verdicts).collect();
+    let found = open.take_verdicts().chain(driver.found());
+    let events = std::iter::once(created).chain(found).collect();
     driver.send(events).await;
     if prepare_only {
         match driver.warm_up(&open).await {
@@ -375,8 +406,18 @@ struct Driver<'a> {
     meter: Option<Meter>,
     /// What the response pays from.
     purse: Purse,
-    /// Sampled tokens whose events were handed to a client that was there.
+    /// Sampled tokens, as far as their events were made.
+    sampled_tokens: u64,
+    /// Those of them whose events were handed to a client that was there.
     delivered_tokens: u64,
+    /// What waits for classifiers.
+    withheld: Withheld,
+    /// Commands that wait for them.
+    unadmitted: VecDeque<Unadmitted>,
+    /// What they said of input before anything was told.
+    found: Vec<Event>,
+    /// Something of the response was told.
+    told: bool,
 }
 
 impl Driver<'_> {
@@ -499,10 +540,11 @@ impl Driver<'_> {
         let known = past
             .as_ref()
             .is_none_or(|past| past.checked.holds_under(under.as_deref()));
+        let sent = ids.clone();
         let check = move || -> Result<(Cleared, Recheck), Error> {
             let names = Names {
                 command: "create",
-                ids: &ids,
+                ids: &sent,
             };
             let cleared = safety::clear(valid.input, under.as_deref(), &names)?;
             Ok((cleared, recheck(past.as_deref(), under.as_deref())?))
@@ -535,7 +577,7 @@ impl Driver<'_> {
         };
         let heads = self.shared.heads.clone();
         let prepare_only = create.prepare_only;
-        let open = if text_bytes < BLOCKING_BYTES_MIN {
+        let mut open = if text_bytes < BLOCKING_BYTES_MIN {
             Open::begin(begin, &heads, prepare_only)
         } else {
             let prepare = move || Open::begin(begin, &heads, prepare_only);
@@ -543,6 +585,12 @@ impl Driver<'_> {
             prepared.unwrap_or_else(|_| Err(Error::new(Code::BackendError, "rendering failed")))
         }?;
         self.clock.mark(|timing| &mut timing.rendered);
+        let names = Names {
+            command: "create",
+            ids: &ids,
+        };
+        let inquiries = open.inquiries(&names);
+        self.ask_about_input(inquiries, &open);
         Ok(open)
     }
 
@@ -569,23 +617,41 @@ impl Driver<'_> {
                     now_ms(),
                 );
             }
+            if matches!(ended, Err(Broken::Unbegun(_))) && self.hand_over(&mut open) {
+                self.clock.mark(|timing| &mut timing.rendered);
+                let verdicts = open.take_verdicts().collect();
+                self.send(verdicts).await;
+                if self.afford(&mut open).is_ok() {
+                    continue;
+                }
+                let spent = self
+                    .settle(Ok(RoundEnd::Spent), &mut open, &mut events)
+                    .await;
+                match spent {
+                    Err(Broken::Refused(error)) => return self.refused(open, error).await,
+                    Err(Broken::Cancelled) => return self.cancelled(&open).await,
+                    Ok(_) | Err(Broken::Failed(_) | Broken::Unbegun(_)) => {}
+                }
+                let end = End::Incomplete(IncompleteReason::Budget);
+                return self.finish(open, end, events).await;
+            }
+            let mut ended = self.settle(ended, &mut open, &mut events).await;
+            if let Ok(end @ (RoundEnd::Stop | RoundEnd::Boundary)) = ended
+                && !self.unadmitted.is_empty()
+            {
+                let end = open.close_round(end, &mut events);
+                self.tell(&mut open, std::mem::take(&mut events), None)
+                    .await;
+                let admitted = self.all_admitted(&mut open).await;
+                ended = admitted.map_or_else(Stop::into_round, |()| Ok(end));
+            }
             let next = match ended {
                 Ok(end) => open.end_round(end, &mut events),
                 Err(Broken::Cancelled) => return self.cancelled(&open).await,
-                Err(Broken::Failed(error)) => return self.failed(open, error, events).await,
-                Err(Broken::Unbegun(error)) => match self.hand_over(&mut open) {
-                    true => {
-                        self.clock.mark(|timing| &mut timing.rendered);
-                        let verdicts = open.take_verdicts().collect();
-                        self.send(verdicts).await;
-                        if self.afford(&mut open).is_err() {
-                            let end = End::Incomplete(IncompleteReason::Budget);
-                            return self.finish(open, end, events).await;
-                        }
-                        continue;
-                    }
-                    false => return self.failed(open, error, events).await,
-                },
+                Err(Broken::Refused(error)) => return self.refused(open, error).await,
+                Err(Broken::Failed(error) | Broken::Unbegun(error)) => {
+                    return self.failed(open, error, events).await;
+                }
             };
             match next {
                 Next::Finish(end) => return self.finish(open, end, events).await,
@@ -603,6 +669,7 @@ impl Driver<'_> {
                     self.delivers(&open);
                     let mut done = self.done(&open, Status::AwaitingInput);
                     self.charge(self.counts(&open), &mut done);
+                    events.extend(self.found());
                     events.push(done);
                     open.told();
                     self.send(events).await;
@@ -656,6 +723,8 @@ impl Driver<'_> {
                 if let Some(meter) = &mut self.meter {
                     meter.serve(served(open));
                 }
+                let inquiries = open.inquiries_again();
+                self.ask_about_input(inquiries, open);
                 true
             }
             Err(error) => {
@@ -682,6 +751,7 @@ impl Driver<'_> {
         let time_left = self.purse.time_left_ms(now_ms());
         let mut time_over = std::pin::pin!(sleep_for(time_left));
         let mut first = true;
+        let hold_bytes_max = open.policy().map_or(0, Policy::hold_bytes_max);
         loop {
             // Room for the events comes first: a client that does not read is not sampled for.
             let mut permit = shared.out.try_reserve();
@@ -703,7 +773,13 @@ impl Driver<'_> {
                     stop = &mut stopped => return stop.into_round(),
                     () = &mut time_over => return Ok(RoundEnd::Spent),
                     control = receive(&mut self.controls) => self.control(control, open).await,
-                    chunk = chunks.next() => break chunk,
+                    judged = self.withheld.judged() => {
+                        if let Some(end) = self.take(judged, open, events).await? {
+                            return Ok(end);
+                        }
+                    }
+                    judgement = admissible(&mut self.unadmitted) => self.admit(judgement, open).await,
+                    chunk = chunks.next(), if !self.withheld.full(hold_bytes_max) => break chunk,
                 }
             };
             let chunk = match chunk {
@@ -727,6 +803,7 @@ impl Driver<'_> {
             }
             let sampled = open.usage().output_tokens;
             let end = open.chunk(chunk, events);
+            self.sampled_tokens = open.usage().output_tokens.into();
             let sampled = open.usage().output_tokens - sampled;
             let free = self.purse.is_free();
             let spent = !free && self.purse.output(sampled.into(), now_ms()).is_err();
@@ -743,13 +820,8 @@ impl Driver<'_> {
                 self.clock.mark(|timing| &mut timing.last_token);
                 return Ok(end);
             }
-            if !events.is_empty()
-                && let Some(permit) = permit
-            {
-                let events = std::mem::take(events);
-                permit.send(self.batch(events, self.request_id.clone()));
-                self.delivered_tokens = open.usage().output_tokens.into();
-            }
+            self.tell(open, std::mem::take(events), permit).await;
+            self.ask_about_output(open, false).await;
         }
     }
 
@@ -761,7 +833,9 @@ impl Driver<'_> {
         let mut prefill = None;
         loop {
             let next = open.next();
-            if let Next::Finish(_) = next {
+            if let Next::Finish(_) = next
+                && self.unadmitted.is_empty()
+            {
                 return Ok(next);
             }
             tokio::select! {
@@ -778,10 +852,14 @@ impl Driver<'_> {
                     }
                     self.control(control, open).await;
                     self.clock.mark(|timing| &mut timing.checked);
-                    prefill = (open.next() == Next::Await)
-                        .then(|| open.prompt_ahead())
-                        .flatten()
-                        .and_then(|prompt| prefill_of(open, prompt));
+                    if self.unadmitted.is_empty() {
+                        prefill = prefill_ahead(open);
+                    }
+                }
+                judgement = admissible(&mut self.unadmitted) => {
+                    self.admit(judgement, open).await;
+                    self.clock.mark(|timing| &mut timing.checked);
+                    prefill = prefill_ahead(open);
                 }
                 slot = &mut slot, if next == Next::Sample => {
                     self.slot = slot.ok();
@@ -794,23 +872,6 @@ impl Driver<'_> {
                 }
             }
         }
-    }
-
-    /// Does what a command asks of the open response, and answers it. `None`: no more will come.
-    async fn control(&mut self, control: Option<Control>, open: &mut Open) {
-        let Some(control) = control else {
-            self.controls = None;
-            open.release();
-            return;
-        };
-        let event = match control.what {
-            What::Append(input) => open
-                .append(input, &self.shared.held)
-                .unwrap_or_else(|error| Event::Error(Box::new(error))),
-            What::Done => return open.end_as_it_stands(),
-        };
-        let events = std::iter::once(event).chain(open.take_verdicts());
-        self.answer(events.collect(), control.request_id).await;
     }
 
     /// Lets the backend prepare its cache, for no longer than the response lives.
@@ -866,6 +927,8 @@ enum Broken {
     Failed(Error),
     /// The same before anything was sampled: another model may take over.
     Unbegun(Error),
+    /// Input does not pass.
+    Refused(Error),
 }
 
 impl Stop {
@@ -893,6 +956,13 @@ fn prefill_of(open: &Open, prompt: Prompt) -> Option<Prefill> {
     let backend = &open.model().backend;
     let prefills = backend.capabilities().prefill;
     prefills.then(|| backend.prefill(prompt))
+}
+
+/// Starts to prepare it for input that came early, while other input is awaited.
+fn prefill_ahead(open: &Open) -> Option<Prefill> {
+    let awaits = open.next() == Next::Await;
+    let prompt = awaits.then(|| open.prompt_ahead()).flatten()?;
+    prefill_of(open, prompt)
 }
 
 /// The end of the work, once. Never where there is none.

@@ -12,6 +12,7 @@
 //! [`Open::commit`], and dropping it leaves no trace.
 
 mod constraint;
+mod judged;
 mod round;
 
 use std::{
@@ -37,6 +38,7 @@ use crate::{
     session::{Committed, Held, Storing, View},
 };
 
+pub use judged::{Began, Piece};
 use round::Round;
 
 /// How much of a prompt's end tells whether it has opened the model's reasoning, in bytes.
@@ -140,6 +142,8 @@ pub struct Open {
     checked: Checked,
     /// What was found in input and was not told yet.
     verdicts: Vec<Verdict>,
+    /// No classifier was asked about the past under this policy.
+    past_unasked: bool,
 }
 
 /// What becomes of a response when a sample has ended.
@@ -408,6 +412,7 @@ impl Open {
             afforded: None,
             round: None,
             policy,
+            past_unasked: recheck.again && parent.is_some(),
             checked: recheck.checked,
             verdicts,
             parent,
@@ -530,6 +535,7 @@ impl Open {
         self.steering = recheck.checked.masked.apply(&self.steering);
         self.checked = recheck.checked;
         self.verdicts.extend(recheck.verdicts);
+        self.past_unasked = recheck.again;
         self.policy = policy;
         Ok(recheck.masks)
     }
@@ -884,13 +890,24 @@ impl Open {
         }))
     }
 
+    /// No more of the sample comes: what is held back of it is let go, the item in progress is closed. Says
+    /// how it ended after all.
+    pub fn close_round(&mut self, end: RoundEnd, events: &mut Vec<Event>) -> RoundEnd {
+        let Some(mut round) = self.round.take() else {
+            return end;
+        };
+        let end = round.finish(end, self, events);
+        self.round = Some(round);
+        end
+    }
+
     /// Ends the sample: its tokens go behind the prompt exactly as they were sampled, its items
     /// behind the conversation.
     pub fn end_round(&mut self, end: RoundEnd, events: &mut Vec<Event>) -> Next {
-        let Some(mut round) = self.round.take() else {
+        let end = self.close_round(end, events);
+        let Some(round) = self.round.take() else {
             return Next::Finish(End::Completed);
         };
-        let end = round.finish(end, self, events);
         let (draft, outputs, output_index) = round.into_parts();
         self.afforded = None;
         self.output_index = output_index;

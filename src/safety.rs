@@ -12,19 +12,29 @@
 //!
 //! Input that passes is [`Cleared`], and only what is cleared is rendered. Output passes through a
 //! [`Gate`] for each item on its way from the parser to the client.
+//!
+//! **Classifiers** judge what rules cannot. They are asked over a network ([`Classifier`]), about what is new with a bounded
+//! window before it ([`Inquiry`]); the driver withholds what waits for them.
 
+mod classify;
 mod gate;
 mod input;
+mod inquiry;
 mod monitor;
 mod policy;
 mod rule;
 mod rules;
 mod scan;
 
+pub use classify::{
+    Classifier, ClassifierKind, ClassifierOptions, Classify, Guard, GuardFormat, Label, Moderation,
+    OnFailure, Passage, Question, Service, Unjudged, proto,
+};
 pub use gate::{Found, Gate, Passed};
 pub use input::{Checked, Cleared, History, Masked, Names, Recheck, clear, log, recheck};
+pub use inquiry::{Asking, Document, Inquiry, Judgement, judge, passages, split};
 pub use monitor::{Finding, Monitor};
-pub use policy::{Choice, Policies, Policy, PolicyError, PolicyOptions, Scopes, Version};
+pub use policy::{Choice, GateAt, Policies, Policy, PolicyError, PolicyOptions, Scopes, Version};
 pub use rule::{Checksum, Rule};
 pub use rules::{Rules, RulesError};
 pub use scan::{Scanner, State};

@@ -47,7 +47,7 @@ pub async fn run(
     let (health, routes) = health_and_reflection().await?;
     let mut loader = models::Loader::new(&config);
     let models: Arc<Models> = Arc::new(loader.load(&config).await?.into());
-    let policies = Arc::new(compose::policies(&config.safety)?);
+    let policies = Arc::new(compose::policies(&config)?);
     let shared = (models.clone(), policies.clone());
     let services = compose::services(&config, shared, &drain)?;
     let routes = compose::mount(routes, services.clone(), config.server.message_bytes_max);
@@ -245,7 +245,7 @@ async fn reload(
                 continue;
             }
         };
-        let fresh = match compose::policies(&config.safety) {
+        let fresh = match compose::policies(&config) {
             Ok(fresh) => fresh,
             Err(error) => {
                 tracing::error!(%error, "the policies are wrong: they and the models stay as they are");

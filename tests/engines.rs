@@ -19,6 +19,8 @@ mod tape;
 
 #[path = "engines/cerebras.rs"]
 mod cerebras;
+#[path = "engines/classifiers.rs"]
+mod classifiers;
 #[path = "engines/gpu.rs"]
 mod gpu;
 #[cfg(feature = "local")]

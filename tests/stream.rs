@@ -14,6 +14,8 @@ mod transcript;
 
 #[path = "stream/answers.rs"]
 mod answers;
+#[path = "stream/classifiers.rs"]
+mod classifiers;
 #[path = "stream/ends.rs"]
 mod ends;
 #[path = "stream/lanes.rs"]

@@ -14,7 +14,6 @@
 //! (on one), `sample` (until its end).
 
 mod attempt;
-mod breaker;
 mod fleet;
 mod options;
 mod place;
@@ -32,7 +31,7 @@ use crate::{item::Tenant, parse::Grammar};
 use fleet::Fleet;
 use sample::Sample;
 
-pub use breaker::BreakerState;
+pub use super::breaker::BreakerState;
 pub use options::RoutingOptions;
 
 /// One of the backends of a router.

@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::backend::cerebras::CerebrasOptions;
+use crate::{backend::cerebras::CerebrasOptions, safety::ClassifierOptions};
 
 use super::{Alias, BillingExport, Config, ConfigError, ExportKind, Model, Sim};
 
@@ -44,6 +44,11 @@ impl Config {
         }
         self.check_models()?;
         self.check_budgets()?;
+        for (index, classifier) in self.safety.classifiers.iter().enumerate() {
+            if let Err(reason) = self.check_classifier(index, classifier) {
+                return conflict(format!("safety.classifier[{index}].{reason}"));
+            }
+        }
         for (index, policy) in self.safety.policies.iter().enumerate() {
             if let Err(reason) = policy.check() {
                 return conflict(format!("safety.policy[{index}].{reason}"));
@@ -56,6 +61,19 @@ impl Config {
             }
         }
         self.gate()?;
+        Ok(())
+    }
+
+    fn check_classifier(&self, index: usize, classifier: &ClassifierOptions) -> Result<(), String> {
+        classifier.check()?;
+        let earlier = &self.safety.classifiers[..index];
+        if earlier.iter().any(|other| other.name == classifier.name) {
+            return Err("name is that of one before it".to_owned());
+        }
+        let variable = &classifier.key_variable;
+        if !variable.is_empty() && self.secrets.get(variable).is_none() {
+            return Err(format!("key_variable: the environment has no {variable}"));
+        }
         Ok(())
     }
 

@@ -42,7 +42,9 @@ pub(super) fn read(path: &Path) -> Result<Config, ConfigError> {
     let exports = exports.filter(|path| !path.as_os_str().is_empty());
     let kept = config.store.path.iter_mut().chain(&mut config.billing.path);
     let rules = config.safety.rules.iter_mut();
-    for path in kept.chain(exports).chain(rules) {
+    let classifiers = config.safety.classifiers.iter_mut();
+    let instructions = classifiers.filter_map(|it| it.instructions.as_mut());
+    for path in kept.chain(exports).chain(rules).chain(instructions) {
         *path = directory.join(&*path);
     }
     Ok(config)

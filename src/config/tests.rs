@@ -416,17 +416,58 @@ fn the_pages_show_configurations_that_work() {
         ("local.md", include_str!("../../docs/local.md"), 2),
         ("budgets.md", include_str!("../../docs/budgets.md"), 1),
         ("billing.md", include_str!("../../docs/billing.md"), 2),
+        ("safety.md", include_str!("../../docs/safety.md"), 2),
     ];
     for (page, text, count) in pages {
         let blocks = text.split("```toml\n").skip(1);
-        let blocks: Vec<&str> = blocks.map(|it| it.split_once("```").unwrap().0).collect();
+        let blocks = blocks.map(|it| it.split_once("```").unwrap().0);
+        // A file of rules is another kind of file.
+        let blocks: Vec<&str> = blocks.filter(|it| !it.starts_with("version = ")).collect();
         assert_eq!(blocks.len(), count, "{page}");
         for block in blocks {
-            let given = file(block).variable("CEREBRAS_API_KEY", "csk-1234");
+            let given = file(block)
+                .variable("CEREBRAS_API_KEY", "csk-1234")
+                .variable("OPENAI_API_KEY", "sk-1234");
             let loaded = Config::load(&given.flags, given.environment.clone());
             assert!(loaded.is_ok(), "{page}: {}\n{block}", loaded.unwrap_err());
         }
     }
+}
+
+#[test]
+fn classifiers_that_cannot_be_are_named() {
+    let classifier = |more: &str| {
+        file(&format!(
+            "[[safety.classifier]]\nname = \"a\"\nkind = \"moderation\"\nurl = \"http://a\"\n{more}"
+        ))
+    };
+    let config = classifier("instructions = \"x\"\nkind_ = 1").error();
+    assert!(config.contains("kind_"), "{config}");
+    for (more, expected) in [
+        ("deadline_ms = 1", "deadline_ms is not from 10 to 60000"),
+        (
+            "open_ms_max = 10",
+            "open_ms_max is not from 1000 to 3600000",
+        ),
+        ("score_min = 1.5", "score_min is not from 0 to 1"),
+        ("instructions = \"x\"", "instructions are for guard alone"),
+        (
+            "key_variable = \"ABSENT\"",
+            "key_variable: the environment has no ABSENT",
+        ),
+    ] {
+        let expected = format!("safety.classifier[0].{expected}");
+        assert_eq!(classifier(more).error(), expected);
+    }
+    let again = "[[safety.classifier]]\nname = \"a\"\nkind = \"guard\"\nurl = \"http://b\"\n";
+    let expected = "safety.classifier[1].model is missing, which a guard needs";
+    assert_eq!(classifier(again).error(), expected);
+    let again = format!("{again}model = \"m\"");
+    let expected = "safety.classifier[1].name is that of one before it";
+    assert_eq!(classifier(&again).error(), expected);
+    let redacts = "[[safety.policy]]\nclassifiers = [\"a\"]\nscopes = { user_input = \"redact\" }";
+    let expected = "safety.policy[0].scopes: a classifier judges a text as a whole, so it cannot redact: give it a policy of its own";
+    assert_eq!(classifier(redacts).error(), expected);
 }
 
 #[test]

@@ -11,6 +11,7 @@ impl Driver<'_> {
         let committed = open.commit(end.into(), &self.shared.held);
         self.charge(counts, &mut done);
         self.shared.archive.keep(&committed).await;
+        events.extend(self.found());
         events.push(done);
         self.send(events).await;
     }
@@ -66,8 +67,13 @@ impl Driver<'_> {
 
     /// The events of all that was sampled are on their way, where somebody is there to get them.
     pub(super) fn delivers(&mut self, open: &Open) {
+        self.left(open.usage().output_tokens.into());
+    }
+
+    /// The events of so many sampled tokens are on their way.
+    pub(super) fn left(&mut self, sampled: u64) {
         if !self.deaf && !self.shared.ends.gone.is_cancelled() {
-            self.delivered_tokens = open.usage().output_tokens.into();
+            self.delivered_tokens = sampled;
         }
     }
 
@@ -95,6 +101,7 @@ impl Driver<'_> {
 
     /// Stopped before it began.
     pub(super) async fn stopped_early(&mut self, stop: Stop) {
+        self.withheld.give_up();
         match stop {
             Stop::Cancelled => self.cancelled_early().await,
             Stop::Interrupted => {
@@ -154,17 +161,21 @@ impl Driver<'_> {
         self.answer(events, self.request_id.clone()).await;
     }
 
+    /// Events leave, or wait with those before them.
     pub(super) async fn answer(&mut self, events: Vec<Event>, request_id: RequestId) {
+        match self.withheld.is_idle() {
+            true => self.deliver(events, request_id).await,
+            false => self.withhold(events, request_id, false),
+        }
+    }
+
+    pub(super) async fn deliver(&mut self, events: Vec<Event>, request_id: RequestId) {
         if self.deaf || events.is_empty() {
             return;
         }
-        if self
-            .shared
-            .out
-            .send(self.batch(events, request_id))
-            .await
-            .is_err()
-        {
+        self.told = true;
+        let batch = self.batch(events, request_id);
+        if self.shared.out.send(batch).await.is_err() {
             self.deaf = true;
         }
     }
@@ -180,11 +191,15 @@ impl Driver<'_> {
 
     /// The response has ended: commands that reached it too late are refused.
     pub(super) async fn close(&mut self) {
-        let Some(mut controls) = self.controls.take() else {
-            return;
-        };
-        controls.close();
-        while let Some(control) = controls.recv().await {
+        self.withheld.give_up();
+        let mut late = self.unadmitted();
+        if let Some(mut controls) = self.controls.take() {
+            controls.close();
+            while let Some(control) = controls.recv().await {
+                late.push(control);
+            }
+        }
+        for control in late {
             let command = match control.what {
                 What::Append(_) => "append",
                 What::Done => "done",

@@ -2,6 +2,7 @@
 //! it kept for the ledger exactly as it was sampled.
 
 mod filter;
+mod judged;
 
 use std::sync::Arc;
 
@@ -19,6 +20,8 @@ use crate::{
     safety::{Gate, Policy},
     tokenizer::{DetokPiece, Detokenizer, Tokenizer},
 };
+pub(super) use judged::Mark;
+use judged::Unasked;
 
 /// One sample while it comes.
 pub(super) struct Round {
@@ -53,6 +56,8 @@ pub(super) struct Round {
     filtered: bool,
     /// What was found in the item in progress.
     verdicts: Vec<Verdict>,
+    /// What passed and no classifier was asked about yet.
+    unasked: Unasked,
 }
 
 /// How far the sample came.
@@ -155,7 +160,7 @@ impl Round {
             tools: Arc::new(callable),
             ..artifacts.parsing.clone()
         });
-        Self {
+        let mut round = Self {
             detokenizer: tokenizer.detokenizer(),
             parser,
             tools,
@@ -181,8 +186,11 @@ impl Round {
             gate: None,
             filtered: false,
             verdicts: Vec::new(),
+            unasked: Unasked::default(),
             model,
-        }
+        };
+        round.is_told(open.open_calls.len());
+        round
     }
 
     /// The items that are whole.
@@ -472,6 +480,10 @@ impl Round {
             self.abandon(events);
             return None;
         }
+        match custom.then(|| custom_input(arguments)).flatten() {
+            Some(input) => self.passes(0, &input),
+            None => self.passes(0, arguments),
+        }
         let building = self.item.take()?;
         let Kind::Call { call_id, name, .. } = &building.kind else {
             return None;
@@ -551,8 +563,10 @@ impl Round {
         else {
             return;
         };
+        let start = content.len();
         content.push_str(delta);
         let index = *index;
+        self.passes(start, delta);
         self.delta(index, DeltaKind::Reasoning, delta, Vec::new(), events);
     }
 
@@ -595,9 +609,11 @@ impl Round {
         else {
             return;
         };
+        let start = text.len();
         text.push_str(delta);
         logprobs.extend(fresh.iter().cloned());
         let index = *index;
+        self.passes(start, delta);
         self.delta(index, DeltaKind::Text, delta, fresh, events);
     }
 

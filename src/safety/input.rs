@@ -90,6 +90,16 @@ pub struct Names<'a> {
     pub ids: &'a [ItemId],
 }
 
+impl Names<'_> {
+    /// The field that an item's text came in.
+    #[must_use]
+    pub fn field(&self, item: &Item) -> String {
+        let index = self.ids.iter().position(|id| *id == item.id);
+        let place = format!("{}.input[{}]", self.command, index.unwrap_or(0));
+        format!("{place}.{}", field(&item.body))
+    }
+}
+
 /// Writes to the log what was found, without the text.
 pub fn log(verdict: &Verdict) {
     tracing::info!(
@@ -124,9 +134,7 @@ pub fn clear(
             Look::Passes => {}
             Look::Redacted(item) => new.item = Arc::new(item),
             Look::Refused(rule) => {
-                let index = names.ids.iter().position(|id| *id == new.item.id);
-                let place = format!("{}.input[{}]", names.command, index.unwrap_or(0));
-                return Err(refused(&rule, policy).at(format!("{place}.{}", field(&new.item.body))));
+                return Err(refused(&rule, policy).at(names.field(&new.item)));
             }
         }
     }
@@ -162,6 +170,8 @@ pub struct Recheck {
     pub verdicts: Vec<Verdict>,
     /// Whether something in it is redacted now that was not.
     pub masks: bool,
+    /// Whether it was not checked under this policy before.
+    pub again: bool,
 }
 
 /// Checks a history where it was not checked under this policy. Where it was, and without a policy, no
@@ -191,6 +201,7 @@ pub fn recheck(history: History<'_, '_>, policy: Option<&Policy>) -> Result<Rech
     }
     verdicts.truncate(VERDICTS_AGAIN_MAX);
     Ok(Recheck {
+        again: !history.checked.holds_under(policy),
         masks: !masks.is_empty(),
         checked: Checked {
             version,
@@ -240,6 +251,7 @@ fn look(item: &Item, policy: &Policy, verdicts: &mut Vec<Verdict>) -> Look {
         bytes: it.bytes.clone(),
         tokens: None,
         late: false,
+        score: None,
     }));
     let mut places: Vec<(Range<usize>, &str)> = Vec::new();
     for it in &found {
@@ -266,7 +278,7 @@ fn look(item: &Item, policy: &Policy, verdicts: &mut Vec<Verdict>) -> Look {
 }
 
 /// Whose text an item holds.
-fn scope(body: &Body) -> Scope {
+pub(super) fn scope(body: &Body) -> Scope {
     match body {
         Body::Message {
             role: Role::Assistant,
@@ -285,7 +297,7 @@ fn scope(body: &Body) -> Scope {
 }
 
 /// The text of an item.
-fn document(body: &Body) -> Arc<str> {
+pub(super) fn document(body: &Body) -> Arc<str> {
     match body {
         Body::Message { parts, .. } => Part::joined(parts),
         Body::FunctionCall { arguments, .. } => arguments.clone(),

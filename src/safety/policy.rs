@@ -1,4 +1,4 @@
-//! Policies: which rules look at which scopes of which models and tenants, and what is done about
+//! Policies: which rules and classifiers look at which scopes of which models and tenants, and what is done about
 //! what they find.
 
 use std::{collections::HashMap, fmt, sync::Arc};
@@ -7,7 +7,7 @@ use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::{Rule, Rules, Scanner};
+use super::{Classifier, Rule, Rules, Scanner};
 use crate::{
     event::{Action, Scope},
     item::Tenant,
@@ -25,12 +25,28 @@ pub struct PolicyOptions {
     pub models: Vec<String>,
     /// The tenants that it is for. Empty: all.
     pub tenants: Vec<String>,
-    /// The rules: an id, or the beginning of some with `*` behind it.
+    /// The rules: an id, or the beginning of some with `*` behind it. Empty: all, or none where classifiers are named.
     pub rules: Vec<String>,
+    /// The classifiers, by name.
+    pub classifiers: Vec<String>,
+    /// What waits for what classifiers say of input.
+    pub gate: GateAt,
     /// What is done in each scope.
     pub scopes: Scopes,
-    /// The most bytes of output that are held back because they may become a match.
+    /// The most bytes of output that are held back because they may become a match, or because a classifier has not
+    /// judged them yet: then sampling waits.
     pub hold_bytes_max: usize,
+}
+
+/// What waits for what classifiers say of input. The order is that of strictness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateAt {
+    /// The first event: the model prefills and samples meanwhile.
+    #[default]
+    Output,
+    /// The sample: nothing of it is begun before, but the engine may prefill.
+    Sampling,
 }
 
 impl Default for PolicyOptions {
@@ -38,7 +54,9 @@ impl Default for PolicyOptions {
         Self {
             models: Vec::new(),
             tenants: Vec::new(),
-            rules: vec!["*".to_owned()],
+            rules: Vec::new(),
+            classifiers: Vec::new(),
+            gate: GateAt::default(),
             scopes: Scopes::default(),
             hold_bytes_max: 4096,
         }
@@ -123,8 +141,10 @@ impl PolicyOptions {
         if !(64..=1 << 20).contains(&self.hold_bytes_max) {
             return Err("hold_bytes_max is not from 64 to 1048576".to_owned());
         }
-        if self.rules.is_empty() {
-            return Err("rules is empty".to_owned());
+        let scopes = SCOPES.map(|scope| self.scopes.action(scope));
+        if !self.classifiers.is_empty() && scopes.contains(&Some(Action::Redact)) {
+            let why = "a classifier judges a text as a whole, so it cannot redact: give it a policy of its own";
+            return Err(format!("scopes: {why}"));
         }
         Ok(())
     }
@@ -136,7 +156,10 @@ impl PolicyOptions {
     }
 
     fn takes(&self, rule: &Rule) -> bool {
-        self.rules.iter().any(|pattern| fits(pattern, &rule.id))
+        match self.rules.is_empty() {
+            true => self.classifiers.is_empty(),
+            false => self.rules.iter().any(|pattern| fits(pattern, &rule.id)),
+        }
     }
 }
 
@@ -170,7 +193,17 @@ impl fmt::Debug for Version {
 pub struct Policy {
     version: Version,
     guards: [Option<Guard>; SCOPES.len()],
+    asked: [Vec<Asked>; SCOPES.len()],
+    gate: GateAt,
     hold_bytes_max: usize,
+}
+
+/// A classifier that is asked about a scope.
+#[derive(Debug, Clone)]
+pub(super) struct Asked {
+    pub(super) classifier: Arc<Classifier>,
+    /// What is done about what it finds.
+    pub(super) action: Action,
 }
 
 /// What looks at a scope.
@@ -182,7 +215,8 @@ pub(super) struct Guard {
 }
 
 impl Policy {
-    fn new(rules: &Rules, options: &[&PolicyOptions]) -> Self {
+    fn new(all: &All, options: &[&PolicyOptions]) -> Self {
+        let rules = &all.rules;
         let mut hash = Sha256::new();
         hash.update(b"hotloop safety 1");
         let guards = SCOPES.map(|scope| {
@@ -201,8 +235,21 @@ impl Policy {
                 actions,
             })
         });
+        let asked = SCOPES.map(|scope| {
+            let asked = all.classifiers.iter().filter_map(|classifier| {
+                let name = &classifier.options().name;
+                let names = options.iter().filter(|it| it.classifiers.contains(name));
+                let action = names.filter_map(|it| it.scopes.action(scope)).max()?;
+                hash.update([scope as u8, action as u8]);
+                hash.update(classifier.fingerprint());
+                let classifier = classifier.clone();
+                Some(Asked { classifier, action })
+            });
+            asked.collect()
+        });
         let holds = options.iter().map(|it| it.hold_bytes_max).max();
         let hold_bytes_max = holds.unwrap_or(0);
+        let gate = options.iter().map(|it| it.gate).max().unwrap_or_default();
         hash.update(hold_bytes_max.to_le_bytes());
         let digest: [u8; 32] = hash.finalize().into();
         let name: String = digest[..8]
@@ -212,8 +259,57 @@ impl Policy {
         Self {
             version: Version(name.into()),
             guards,
+            asked,
+            gate,
             hold_bytes_max,
         }
+    }
+
+    /// What waits for what classifiers say of input.
+    #[must_use]
+    pub fn gate(&self) -> GateAt {
+        self.gate
+    }
+
+    /// The classifiers that are asked about this scope.
+    pub(super) fn asked(&self, scope: Scope) -> &[Asked] {
+        &self.asked[scope as usize]
+    }
+
+    /// Whether a classifier is asked about anything.
+    #[must_use]
+    pub fn has_classifiers(&self) -> bool {
+        self.asked.iter().any(|asked| !asked.is_empty())
+    }
+
+    /// Whether a classifier is asked about this scope.
+    #[must_use]
+    pub fn asks(&self, scope: Scope) -> bool {
+        !self.asked(scope).is_empty()
+    }
+
+    /// Whether what a classifier says of this scope may keep it back.
+    #[must_use]
+    pub fn withholds(&self, scope: Scope) -> bool {
+        self.asked(scope)
+            .iter()
+            .any(|it| it.action >= Action::Refuse)
+    }
+
+    /// How much output is judged at once. `None`: no classifier is asked about any.
+    #[must_use]
+    pub fn output_bytes(&self) -> Option<usize> {
+        let asked = self.asked(Scope::ModelOutput).iter();
+        let asked = asked.chain(self.asked(Scope::Reasoning));
+        asked.map(|it| it.classifier.options().output_bytes).min()
+    }
+
+    /// How much of what stands before a text its classifiers are shown, at most.
+    #[must_use]
+    pub fn window_bytes(&self) -> usize {
+        let windows = self.asked.iter().flatten();
+        let windows = windows.map(|it| it.classifier.options().window_bytes);
+        windows.max().unwrap_or(0)
     }
 
     /// Names it.
@@ -226,7 +322,9 @@ impl Policy {
         self.guards[scope as usize].as_ref()
     }
 
-    pub(super) fn hold_bytes_max(&self) -> usize {
+    /// The most bytes of output that are held back.
+    #[must_use]
+    pub fn hold_bytes_max(&self) -> usize {
         self.hold_bytes_max
     }
 }
@@ -253,6 +351,14 @@ pub enum PolicyError {
         /// The name.
         pattern: String,
     },
+    /// A policy names a classifier that does not exist.
+    #[error("policy[{index}].classifiers: no classifier has the name `{name}`")]
+    NoClassifier {
+        /// Which policy.
+        index: usize,
+        /// The name.
+        name: String,
+    },
 }
 
 /// All policies. They may be replaced while conversations go on.
@@ -262,18 +368,23 @@ pub struct Policies(RwLock<Arc<All>>);
 #[derive(Debug, Default)]
 struct All {
     rules: Rules,
+    classifiers: Vec<Arc<Classifier>>,
     options: Vec<PolicyOptions>,
     /// What was made of them, by which of them hold together.
     made: Mutex<HashMap<Vec<bool>, Arc<Policy>>>,
 }
 
 impl Policies {
-    /// Those of these entries over these rules.
+    /// Those of these entries over these rules and classifiers.
     ///
     /// # Errors
     ///
     /// What is wrong with an entry.
-    pub fn new(rules: Rules, options: Vec<PolicyOptions>) -> Result<Self, PolicyError> {
+    pub fn new(
+        rules: Rules,
+        classifiers: Vec<Arc<Classifier>>,
+        options: Vec<PolicyOptions>,
+    ) -> Result<Self, PolicyError> {
         if options.len() > POLICIES_MAX {
             return Err(PolicyError::TooMany);
         }
@@ -286,9 +397,15 @@ impl Policies {
                 let pattern = pattern.clone();
                 return Err(PolicyError::NoRule { index, pattern });
             }
+            let known = |name: &&String| classifiers.iter().any(|it| it.options().name == **name);
+            if let Some(name) = policy.classifiers.iter().find(|it| !known(it)) {
+                let name = name.clone();
+                return Err(PolicyError::NoClassifier { index, name });
+            }
         }
         Ok(Self(RwLock::new(Arc::new(All {
             rules,
+            classifiers,
             options,
             made: Mutex::default(),
         }))))
@@ -314,7 +431,7 @@ impl Policies {
         }
         let chosen = all.options.iter().zip(&holds).filter(|(_, holds)| **holds);
         let chosen: Vec<&PolicyOptions> = chosen.map(|(options, _)| options).collect();
-        let policy = Arc::new(Policy::new(&all.rules, &chosen));
+        let policy = Arc::new(Policy::new(&all, &chosen));
         made.insert(holds, policy.clone());
         Some(policy)
     }
@@ -328,7 +445,7 @@ mod tests {
         "version = 1\n[[rule]]\nid = \"a.x\"\nregex = 'x'\n[[rule]]\nid = \"b.y\"\nregex = 'y'\n";
 
     fn policies(options: Vec<PolicyOptions>) -> Result<Policies, PolicyError> {
-        Policies::new(Rules::parse(RULES).unwrap(), options)
+        Policies::new(Rules::parse(RULES).unwrap(), Vec::new(), options)
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::{
         responses_service_server::ResponsesServiceServer,
     },
     render::Heads,
-    safety::{Policies, Rules},
+    safety::{Classifier, Policies, Rules},
     service::{Parts, Services},
     session::{ParkedLimits, Sessions},
     store::{self, Embedded, Queue},
@@ -73,19 +73,34 @@ pub(super) fn services(
     }))
 }
 
-/// What items are checked under. Rules that no policy uses are not read.
-pub(super) fn policies(config: &config::Safety) -> Result<Policies, ServeError> {
+/// What items are checked under. Rules and classifiers that no policy uses are not read or asked. To be called in a
+/// runtime.
+pub(super) fn policies(config: &Config) -> Result<Policies, ServeError> {
     let refuse = |reason: String| ServeError::Safety { reason };
-    let rules = match &config.rules {
-        _ if config.policies.is_empty() => return Ok(Policies::default()),
+    let safety = &config.safety;
+    let rules = match &safety.rules {
+        _ if safety.policies.is_empty() => return Ok(Policies::default()),
         None => Rules::built_in(),
         Some(path) => Rules::read(path),
     };
-    let rules = rules.map_err(|error| match &config.rules {
+    let rules = rules.map_err(|error| match &safety.rules {
         Some(path) => refuse(format!("rules {}: {error}", path.display())),
         None => refuse(format!("rules: {error}")),
     })?;
-    Policies::new(rules, config.policies.clone()).map_err(|error| refuse(error.to_string()))
+    let classifiers = safety
+        .classifiers
+        .iter()
+        .enumerate()
+        .map(|(index, options)| {
+            let key = config.secrets.get(&options.key_variable);
+            let classifier = Classifier::connect(options.clone(), key);
+            let classifier =
+                classifier.map_err(|it| refuse(format!("classifier[{index}].{it}")))?;
+            Ok(Arc::new(classifier))
+        });
+    let classifiers = classifiers.collect::<Result<_, ServeError>>()?;
+    Policies::new(rules, classifiers, safety.policies.clone())
+        .map_err(|error| refuse(error.to_string()))
 }
 
 /// Opens the store in this file, with its queue before it.

@@ -289,6 +289,7 @@ fn verdict_message(verdict: &Verdict) -> pb::SafetyVerdict {
         bytes: Some(range(&verdict.bytes)),
         tokens: verdict.tokens.as_ref().map(range),
         late: verdict.late,
+        score: verdict.score,
     }
 }
 

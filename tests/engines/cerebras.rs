@@ -8,7 +8,7 @@ mod conversation;
 #[path = "cerebras/failures.rs"]
 mod failures;
 #[path = "cerebras/fake.rs"]
-mod fake;
+pub(crate) mod fake;
 #[path = "cerebras/real.rs"]
 mod real;
 #[path = "cerebras/requests.rs"]

@@ -12,7 +12,7 @@ use hotloop::{
 use crate::{
     client::{Client, Round, after, user},
     fake::{Act, Asked, Facts, Fake},
-    program::{NEVER, Program, Serve},
+    program::{NEVER, Serve, reconfigure},
 };
 
 /// The directory of the text side that the simulated model has.
@@ -355,10 +355,4 @@ async fn names_stand_for_models_and_models_change_while_it_runs() {
     program.says(&["models stay as they are"]).await;
     talk.answer(ask("agent", "hello")).await;
     talk.close().await;
-}
-
-/// Writes another configuration and has it read.
-async fn reconfigure(program: &Program, config: &str) {
-    std::fs::write(program.config(), config).unwrap();
-    program.signal("HUP").await;
 }

@@ -198,6 +198,12 @@ impl Program {
     }
 }
 
+/// Writes another configuration and has it read.
+pub(crate) async fn reconfigure(program: &Program, config: &str) {
+    fs::write(program.config(), config).unwrap();
+    program.signal("HUP").await;
+}
+
 fn holds(line: &str, texts: &[&str]) -> bool {
     texts.iter().all(|text| line.contains(text))
 }

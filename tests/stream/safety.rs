@@ -78,7 +78,7 @@ fn policy(scopes: Scopes) -> PolicyOptions {
 
 fn set(house: &House, policies: impl Into<Vec<PolicyOptions>>) {
     let rules = Rules::parse(RULES).unwrap();
-    let policies = Policies::new(rules, policies.into()).unwrap();
+    let policies = Policies::new(rules, Vec::new(), policies.into()).unwrap();
     house.policies.replace(policies);
 }
 

@@ -900,11 +900,14 @@ fn verdict_line(verdict: &SafetyVerdict) -> String {
     let late = if verdict.late { " late" } else { "" };
     assert_eq!(verdict.policy_version.len(), 16);
     format!(
-        "{action}{late} {} in {} {}{}",
+        "{action}{late} {} in {} {}{}{}",
         verdict.rule,
         verdict.item_id,
         range(verdict.bytes.as_ref().unwrap()),
         tokens.unwrap_or_default(),
+        verdict
+            .score
+            .map_or(String::new(), |score| format!(" {score}")),
     )
 }
 

@@ -13,10 +13,12 @@ use tokio::time::Instant;
 
 use super::{
     Replica, ReplicaStatus, RoutingOptions,
-    breaker::{Breaker, BreakerState, Change, Permit, Verdict},
     place::{self, Key, Spread},
 };
-use crate::backend::{Backend, BackendError, Capabilities, Prompt};
+use crate::backend::{
+    Backend, BackendError, Capabilities, Prompt,
+    breaker::{Breaker, BreakerState, Change, Outcome, Permit},
+};
 
 /// The replicas, never none.
 pub(super) struct Fleet {
@@ -75,7 +77,7 @@ impl Member {
             weight: replica.weight.max(1),
             key: Key::of(&[&replica.name]),
             in_flight: AtomicU32::new(0),
-            breaker: Mutex::new(Breaker::new(options)),
+            breaker: Mutex::new(Breaker::new(options.failures_max, options.pauses())),
             name: replica.name,
             backend: replica.backend,
         }
@@ -177,7 +179,7 @@ impl Fleet {
             fleet: self.clone(),
             index,
             permit,
-            verdict: Verdict::Unknown,
+            outcome: Outcome::Unknown,
         })
     }
 
@@ -291,7 +293,7 @@ pub(super) struct Flight {
     fleet: Arc<Fleet>,
     index: usize,
     permit: Permit,
-    verdict: Verdict,
+    outcome: Outcome,
 }
 
 impl Flight {
@@ -301,7 +303,7 @@ impl Flight {
 
     /// The replica has told something.
     pub(super) fn answered(&mut self) {
-        self.verdict = Verdict::Worked;
+        self.outcome = Outcome::Worked;
         if self.permit == Permit::Trial {
             let member = &self.fleet.members[self.index];
             let change = member.breaker.lock().answered(&mut self.permit);
@@ -311,7 +313,7 @@ impl Flight {
 
     /// It ended with this error.
     pub(super) fn failed(mut self, error: &BackendError) {
-        self.verdict = Verdict::of(error);
+        self.outcome = Outcome::of(error);
     }
 }
 
@@ -323,7 +325,7 @@ impl Drop for Flight {
             member
                 .breaker
                 .lock()
-                .settle(self.permit, self.verdict, Instant::now(), rand::random());
+                .settle(self.permit, self.outcome, Instant::now(), rand::random());
         member.log(change);
     }
 }

@@ -48,6 +48,11 @@ const HOUR_MS: u64 = 3_600_000;
 const HEDGE_MS_MAX: u64 = 600_000;
 
 impl RoutingOptions {
+    /// How long a replica is left alone.
+    pub(super) fn pauses(&self) -> RangeInclusive<Duration> {
+        Duration::from_millis(self.open_ms_min)..=Duration::from_millis(self.open_ms_max)
+    }
+
     /// Holds every value against its range, and those that depend on each other together.
     ///
     /// # Errors

@@ -115,6 +115,7 @@ impl Round {
             bytes: found.bytes,
             tokens,
             late: found.late,
+            score: None,
         })
     }
 
@@ -134,7 +135,9 @@ impl Round {
             ..
         }) = &mut self.item
         {
+            let start = content.len();
             content.push_str(&delta);
+            self.passes(start, &delta);
             self.delta(index, DeltaKind::Reasoning, &delta, Vec::new(), events);
         } else {
             self.show(&delta, events);

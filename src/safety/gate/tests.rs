@@ -17,7 +17,7 @@ fn policy(text: &str, choice: Choice, hold_bytes_max: usize) -> Arc<Policy> {
         hold_bytes_max,
         ..PolicyOptions::default()
     };
-    let policies = Policies::new(rules, vec![options]).unwrap();
+    let policies = Policies::new(rules, Vec::new(), vec![options]).unwrap();
     policies.get("model", &Tenant::from("tenant")).unwrap()
 }
 

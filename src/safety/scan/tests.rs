@@ -239,7 +239,7 @@ fn the_examples_of_the_documentation_work() {
     let policies = config["safety"]["policy"].clone();
     let policies: Vec<PolicyOptions> = policies.try_into().unwrap();
     assert_eq!(policies.len(), 3);
-    Policies::new(Rules::built_in().unwrap(), policies).unwrap();
+    Policies::new(Rules::built_in().unwrap(), Vec::new(), policies).unwrap();
     let scanner = Scanner::new(Rules::parse(block(1)).unwrap().all().to_vec());
     let token = |start: &str| format!("acme_{start}7Zt2LmX9vKp4RsW8nBc3");
     let text = format!("{} {} Project Nightfall", token("q1Ye"), token("test"));

@@ -1,11 +1,11 @@
-//! The breaker of a replica: leaves it alone for a while after it has failed often enough.
+//! The breaker of what is asked over a network, a replica or a classifier: leaves it alone for a while after it has
+//! failed often enough.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use tokio::time::Instant;
 
-use super::RoutingOptions;
-use crate::backend::BackendError;
+use super::BackendError;
 
 /// The longest that a replica is believed which says when it is to be asked again.
 const AWAY_MAX: Duration = Duration::from_secs(60);
@@ -42,7 +42,8 @@ pub enum BreakerState {
 ///
 /// Beside that, a replica that says when it is to be asked again is left alone until then, and has
 /// not failed.
-pub(super) struct Breaker {
+#[derive(Debug)]
+pub(crate) struct Breaker {
     state: State,
     /// In a row, those of trials included.
     failures: u32,
@@ -53,6 +54,7 @@ pub(super) struct Breaker {
     pause_max: Duration,
 }
 
+#[derive(Debug)]
 enum State {
     Closed,
     /// Until then; after it, for as long as nobody asked.
@@ -65,7 +67,7 @@ enum State {
 
 /// The leave to sample once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Permit {
+pub(crate) enum Permit {
     /// The breaker is closed.
     Ordinary,
     /// The sample on trial.
@@ -74,7 +76,7 @@ pub(super) enum Permit {
 
 /// How a sample went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Outcome {
     /// It told something, and was ended by the replica or by who asked.
     Worked,
     /// The replica failed.
@@ -85,9 +87,9 @@ pub(super) enum Verdict {
     Unknown,
 }
 
-impl Verdict {
+impl Outcome {
     /// Of a sample that ended with this error.
-    pub(super) fn of(error: &BackendError) -> Self {
+    pub(crate) fn of(error: &BackendError) -> Self {
         match error {
             BackendError::Failed { .. }
             | BackendError::Unavailable {
@@ -105,7 +107,7 @@ impl Verdict {
 
 /// What became of a breaker, for the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Change {
+pub(crate) enum Change {
     /// It has opened.
     Opened {
         /// For so long.
@@ -116,18 +118,19 @@ pub(super) enum Change {
 }
 
 impl Breaker {
-    pub(super) fn new(options: &RoutingOptions) -> Self {
+    /// A closed one, which opens after so many failures in a row, for so long: at first the shortest pause.
+    pub(crate) fn new(failures_max: u32, pauses: RangeInclusive<Duration>) -> Self {
         Self {
             state: State::Closed,
             failures: 0,
             away_until: None,
-            failures_max: options.failures_max,
-            pause_min: Duration::from_millis(options.open_ms_min),
-            pause_max: Duration::from_millis(options.open_ms_max),
+            failures_max,
+            pause_min: *pauses.start(),
+            pause_max: *pauses.end(),
         }
     }
 
-    pub(super) fn state(&self, now: Instant) -> BreakerState {
+    pub(crate) fn state(&self, now: Instant) -> BreakerState {
         match self.state {
             State::Closed => BreakerState::Closed,
             State::Open { until } if now < until => BreakerState::Open,
@@ -136,12 +139,12 @@ impl Breaker {
     }
 
     /// Failures in a row.
-    pub(super) fn failures(&self) -> u32 {
+    pub(crate) fn failures(&self) -> u32 {
         self.failures
     }
 
     /// When it gives a permit again: now, later, or, `None`, when the trial is over.
-    pub(super) fn admits_at(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn admits_at(&self, now: Instant) -> Option<Instant> {
         let open_until = match self.state {
             State::Closed => now,
             State::Open { until } => until.max(now),
@@ -151,7 +154,7 @@ impl Breaker {
     }
 
     /// Leave to sample, where it can be given.
-    pub(super) fn admit(&mut self, now: Instant) -> Option<Permit> {
+    pub(crate) fn admit(&mut self, now: Instant) -> Option<Permit> {
         if self.admits_at(now)? > now {
             return None;
         }
@@ -165,7 +168,7 @@ impl Breaker {
     }
 
     /// The sample has told something: if it was on trial, it is so no longer.
-    pub(super) fn answered(&mut self, permit: &mut Permit) -> Option<Change> {
+    pub(crate) fn answered(&mut self, permit: &mut Permit) -> Option<Change> {
         match permit {
             Permit::Ordinary => None,
             Permit::Trial => {
@@ -178,24 +181,24 @@ impl Breaker {
 
     /// The sample is over. `jitter`, from 0 to 1, lengthens a pause by up to a half, so that not
     /// all servers ask a replica again at once.
-    pub(super) fn settle(
+    pub(crate) fn settle(
         &mut self,
         permit: Permit,
-        verdict: Verdict,
+        outcome: Outcome,
         now: Instant,
         jitter: f64,
     ) -> Option<Change> {
-        if let Verdict::Away(after) = verdict {
+        if let Outcome::Away(after) = outcome {
             let until = now + after.min(AWAY_MAX);
             self.away_until = self.away_until.max(Some(until));
         }
-        match (&self.state, permit, verdict) {
-            (State::Closed, Permit::Ordinary, Verdict::Worked) => {
+        match (&self.state, permit, outcome) {
+            (State::Closed, Permit::Ordinary, Outcome::Worked) => {
                 self.failures = 0;
                 None
             }
-            (State::Closed, Permit::Ordinary, Verdict::Failed)
-            | (State::HalfOpen, Permit::Trial, Verdict::Failed) => {
+            (State::Closed, Permit::Ordinary, Outcome::Failed)
+            | (State::HalfOpen, Permit::Trial, Outcome::Failed) => {
                 self.failures = self.failures.saturating_add(1);
                 (self.failures >= self.failures_max).then(|| {
                     let pause = self.pause(jitter);
@@ -203,16 +206,16 @@ impl Breaker {
                     Change::Opened { pause }
                 })
             }
-            (State::HalfOpen, Permit::Trial, Verdict::Worked) => {
+            (State::HalfOpen, Permit::Trial, Outcome::Worked) => {
                 self.failures = 0;
                 self.state = State::Closed;
                 Some(Change::Closed)
             }
-            (State::HalfOpen, Permit::Trial, Verdict::Away(_) | Verdict::Unknown) => {
+            (State::HalfOpen, Permit::Trial, Outcome::Away(_) | Outcome::Unknown) => {
                 self.state = State::Open { until: now };
                 None
             }
-            (State::Closed, Permit::Ordinary, Verdict::Away(_) | Verdict::Unknown) => None,
+            (State::Closed, Permit::Ordinary, Outcome::Away(_) | Outcome::Unknown) => None,
             // It began before the breaker opened.
             (State::Open { .. } | State::HalfOpen, Permit::Ordinary, _) => None,
             // Only the trial itself ends the state that it is on trial in.
@@ -234,12 +237,7 @@ mod tests {
     use super::*;
 
     fn breaker() -> Breaker {
-        Breaker::new(&RoutingOptions {
-            failures_max: 3,
-            open_ms_min: 500,
-            open_ms_max: 3_000,
-            ..RoutingOptions::default()
-        })
+        Breaker::new(3, Duration::from_millis(500)..=Duration::from_secs(3))
     }
 
     /// Where it stands some milliseconds after the start, and what happens there.
@@ -264,9 +262,9 @@ mod tests {
             self.breaker.admit(self.at(millis))
         }
 
-        fn settle(&mut self, millis: u64, permit: Permit, verdict: Verdict) -> String {
+        fn settle(&mut self, millis: u64, permit: Permit, outcome: Outcome) -> String {
             let now = self.at(millis);
-            let change = self.breaker.settle(permit, verdict, now, 0.0);
+            let change = self.breaker.settle(permit, outcome, now, 0.0);
             let state = self.breaker.state(now);
             match change {
                 Some(change) => format!("{change:?}, {state:?}, {}", self.breaker.failures()),
@@ -286,15 +284,15 @@ mod tests {
         let mut it = Transcript::new();
         for (millis, expected) in [(0, "Closed, 1"), (1, "Closed, 2")] {
             assert_eq!(it.admit(millis), Some(Ordinary));
-            assert_eq!(it.settle(millis, Ordinary, Verdict::Failed), expected);
+            assert_eq!(it.settle(millis, Ordinary, Outcome::Failed), expected);
         }
         assert_eq!(
-            it.settle(2, Ordinary, Verdict::Failed),
+            it.settle(2, Ordinary, Outcome::Failed),
             "Opened { pause: 500ms }, Open, 3"
         );
         // What began before changes nothing.
-        assert_eq!(it.settle(3, Ordinary, Verdict::Failed), "Open, 3");
-        assert_eq!(it.settle(4, Ordinary, Verdict::Worked), "Open, 3");
+        assert_eq!(it.settle(3, Ordinary, Outcome::Failed), "Open, 3");
+        assert_eq!(it.settle(4, Ordinary, Outcome::Worked), "Open, 3");
         assert_eq!(it.admit(501), None);
         assert_eq!(it.breaker.admits_at(it.at(501)), Some(it.at(502)));
         assert_eq!(it.state(502), BreakerState::HalfOpen);
@@ -305,28 +303,28 @@ mod tests {
             (it.admit(503), it.breaker.admits_at(it.at(503))),
             (None, None)
         );
-        assert_eq!(it.settle(600, Ordinary, Verdict::Worked), "HalfOpen, 3");
+        assert_eq!(it.settle(600, Ordinary, Outcome::Worked), "HalfOpen, 3");
         assert_eq!(
-            it.settle(600, Trial, Verdict::Failed),
+            it.settle(600, Trial, Outcome::Failed),
             "Opened { pause: 1s }, Open, 4"
         );
         assert_eq!(it.admit(1_599), None);
         assert_eq!(it.admit(1_600), Some(Trial));
         // Dropped early: the next one is on trial at once.
-        assert_eq!(it.settle(1_700, Trial, Verdict::Unknown), "HalfOpen, 4");
+        assert_eq!(it.settle(1_700, Trial, Outcome::Unknown), "HalfOpen, 4");
         assert_eq!(it.admit(1_700), Some(Trial));
         assert_eq!(
-            it.settle(1_700, Trial, Verdict::Failed),
+            it.settle(1_700, Trial, Outcome::Failed),
             "Opened { pause: 2s }, Open, 5"
         );
         assert_eq!(it.admit(3_700), Some(Trial));
         assert_eq!(
-            it.settle(3_700, Trial, Verdict::Failed),
+            it.settle(3_700, Trial, Outcome::Failed),
             "Opened { pause: 3s }, Open, 6"
         );
         assert_eq!(it.admit(6_700), Some(Trial));
         assert_eq!(
-            it.settle(6_700, Trial, Verdict::Worked),
+            it.settle(6_700, Trial, Outcome::Worked),
             "Closed, Closed, 0"
         );
         assert_eq!(it.admit(6_700), Some(Ordinary));
@@ -336,35 +334,35 @@ mod tests {
     fn a_trial_closes_it_with_its_first_chunk_and_one_failure_opens_it_again() {
         let mut it = Transcript::new();
         for _ in 0..3 {
-            it.settle(0, Ordinary, Verdict::Failed);
+            it.settle(0, Ordinary, Outcome::Failed);
         }
         let mut permit = it.admit(500).unwrap();
         assert_eq!(it.breaker.answered(&mut permit), Some(Change::Closed));
         assert_eq!((permit, it.admit(500)), (Ordinary, Some(Ordinary)));
         assert_eq!(
-            it.settle(600, permit, Verdict::Failed),
+            it.settle(600, permit, Outcome::Failed),
             "Opened { pause: 1s }, Open, 4"
         );
         let mut permit = it.admit(1_600).unwrap();
         assert_eq!(it.breaker.answered(&mut permit), Some(Change::Closed));
         assert_eq!(it.breaker.answered(&mut permit), None);
-        assert_eq!(it.settle(1_700, permit, Verdict::Worked), "Closed, 0");
-        assert_eq!(it.settle(1_700, Ordinary, Verdict::Failed), "Closed, 1");
+        assert_eq!(it.settle(1_700, permit, Outcome::Worked), "Closed, 0");
+        assert_eq!(it.settle(1_700, Ordinary, Outcome::Failed), "Closed, 1");
     }
 
     #[test]
     fn a_success_forgives_the_failures_before_it() {
         let mut it = Transcript::new();
-        it.settle(0, Ordinary, Verdict::Failed);
-        it.settle(0, Ordinary, Verdict::Failed);
-        assert_eq!(it.settle(0, Ordinary, Verdict::Unknown), "Closed, 2");
-        assert_eq!(it.settle(0, Ordinary, Verdict::Worked), "Closed, 0");
+        it.settle(0, Ordinary, Outcome::Failed);
+        it.settle(0, Ordinary, Outcome::Failed);
+        assert_eq!(it.settle(0, Ordinary, Outcome::Unknown), "Closed, 2");
+        assert_eq!(it.settle(0, Ordinary, Outcome::Worked), "Closed, 0");
     }
 
     #[test]
     fn a_replica_that_says_when_is_left_alone_until_then() {
         let mut it = Transcript::new();
-        let away = |secs| Verdict::Away(Duration::from_secs(secs));
+        let away = |secs| Outcome::Away(Duration::from_secs(secs));
         assert_eq!(it.settle(0, Ordinary, away(2)), "Closed, 0");
         // A shorter time told later does not shorten it.
         assert_eq!(it.settle(0, Ordinary, away(1)), "Closed, 0");
@@ -374,7 +372,7 @@ mod tests {
         assert_eq!(it.breaker.admits_at(it.at(2_000)), Some(it.at(62_000)));
 
         for _ in 0..3 {
-            it.settle(62_000, Ordinary, Verdict::Failed);
+            it.settle(62_000, Ordinary, Outcome::Failed);
         }
         assert_eq!(it.admit(62_500), Some(Trial));
         assert_eq!(it.settle(62_500, Trial, away(1)), "HalfOpen, 3");
