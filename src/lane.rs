@@ -16,7 +16,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, mpsc},
     time::Instant,
 };
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     backend::{BackendError, Chunks, Prompt},
@@ -28,14 +28,14 @@ use crate::{
     item::{ItemId, LaneName, RequestId, ResponseId},
     model::{Model, Models},
     request::{Create, NewItem, Past, Settings},
-    response::{Begin, End, Next, Open, Piece, RoundEnd},
+    response::{Before, Begin, End, Next, Open, Piece, RoundEnd},
     safety::{self, Checked, Cleared, GateAt, History, Inquiry, Judgement, Names, Policy, Recheck},
     session::Committed,
     stream::{Batch, Gone, Shared, not_found, not_open},
 };
 
 use judged::{Unadmitted, admissible};
-use withheld::{About, Judged, Told, Withheld};
+use withheld::{About, Answer, Judged, Told, Withheld};
 
 /// Input of at least this many bytes is rendered on the blocking pool: encoding it takes longer
 /// than other tasks should wait.
@@ -237,6 +237,7 @@ async fn drive(job: Job, shared: &Shared) {
         delivered_tokens: 0,
         withheld: Withheld::default(),
         unadmitted: VecDeque::new(),
+        presumed: 0,
         found: Vec::new(),
         told: false,
     };
@@ -414,6 +415,8 @@ struct Driver<'a> {
     withheld: Withheld,
     /// Commands that wait for them.
     unadmitted: VecDeque<Unadmitted>,
+    /// So many of them are sampled for as if they had passed.
+    presumed: usize,
     /// What they said of input before anything was told.
     found: Vec<Event>,
     /// Something of the response was told.
@@ -603,100 +606,138 @@ impl Driver<'_> {
     /// Samples, and samples again for as long as there is input for it.
     /// The first sample is afforded already.
     async fn rounds(&mut self, mut open: Open) {
-        loop {
+        let (conclusion, events) = loop {
             let mut events = Vec::new();
-            let begun = Instant::now();
-            let before = (open.usage(), open.open_calls().len());
-            let ended = self.round(&mut open, &mut events).await;
-            if !matches!(ended, Err(Broken::Unbegun(_))) {
-                let (usage, calls) = (open.usage(), open.open_calls().len());
-                self.purse.settle_sample(
-                    millis(begun.elapsed()),
-                    calls.saturating_sub(before.1) as u64,
-                    (usage.cached_tokens - before.0.cached_tokens).into(),
-                    now_ms(),
-                );
-            }
-            if matches!(ended, Err(Broken::Unbegun(_))) && self.hand_over(&mut open) {
-                self.clock.mark(|timing| &mut timing.rendered);
-                let verdicts = open.take_verdicts().collect();
-                self.send(verdicts).await;
-                if self.afford(&mut open).is_ok() {
-                    continue;
+            let ready = match self.sample(&mut open, &mut events).await {
+                Ok(Sampled::Not) => continue,
+                Ok(Sampled::Next(Next::Finish(end))) => break (Conclusion::Finish(end), events),
+                Ok(Sampled::Next(Next::Sample)) => {
+                    self.goes_on(&open, events).await;
+                    Ok(Ready::Input)
                 }
-                let spent = self
-                    .settle(Ok(RoundEnd::Spent), &mut open, &mut events)
-                    .await;
-                match spent {
-                    Err(Broken::Refused(error)) => return self.refused(open, error).await,
-                    Err(Broken::Cancelled) => return self.cancelled(&open).await,
-                    Ok(_) | Err(Broken::Failed(_) | Broken::Unbegun(_)) => {}
+                Ok(Sampled::Next(Next::Await)) => {
+                    self.awaits(&mut open, events).await;
+                    self.awaiting(&mut open).await
                 }
-                let end = End::Incomplete(IncompleteReason::Budget);
-                return self.finish(open, end, events).await;
-            }
-            let mut ended = self.settle(ended, &mut open, &mut events).await;
-            if let Ok(end @ (RoundEnd::Stop | RoundEnd::Boundary)) = ended
-                && !self.unadmitted.is_empty()
-            {
-                let end = open.close_round(end, &mut events);
-                self.tell(&mut open, std::mem::take(&mut events), None)
-                    .await;
-                let admitted = self.all_admitted(&mut open).await;
-                ended = admitted.map_or_else(Stop::into_round, |()| Ok(end));
-            }
-            let next = match ended {
-                Ok(end) => open.end_round(end, &mut events),
-                Err(Broken::Cancelled) => return self.cancelled(&open).await,
-                Err(Broken::Refused(error)) => return self.refused(open, error).await,
-                Err(Broken::Failed(error) | Broken::Unbegun(error)) => {
-                    return self.failed(open, error, events).await;
-                }
+                Ok(Sampled::TakenBack) => self.awaiting(&mut open).await,
+                Err(conclusion) => break (conclusion, events),
             };
-            match next {
-                Next::Finish(end) => return self.finish(open, end, events).await,
-                Next::Sample => {
-                    self.delivers(&open);
-                    self.send(events).await;
-                    if self.earlier.len() == EARLIER_SAMPLES_MAX {
-                        self.earlier.remove(0);
-                    }
-                    self.earlier.push(open.sample_report(self.clock.timing));
-                    self.clock = Clock::new(Instant::now());
-                }
-                Next::Await => {
-                    self.slot = None;
-                    self.delivers(&open);
-                    let mut done = self.done(&open, Status::AwaitingInput);
-                    self.charge(self.counts(&open), &mut done);
-                    events.extend(self.found());
-                    events.push(done);
-                    open.told();
-                    self.send(events).await;
-                    match self.awaiting(&mut open).await {
-                        Ok(Next::Sample) => {}
-                        Ok(Next::Finish(end)) => return self.finish(open, end, Vec::new()).await,
-                        Ok(Next::Await) | Err(Stop::Interrupted | Stop::Gone) => {
-                            let end = End::Incomplete(IncompleteReason::Interrupted);
-                            return self.finish(open, end, Vec::new()).await;
-                        }
-                        Err(Stop::Cancelled) => return self.cancelled(&open).await,
-                    }
-                }
+            let prepared = match ready {
+                Ok(Ready::Prompt) => Ok(()),
+                Ok(Ready::Input) => self.prepare(&mut open),
+                Err(conclusion) => Err(conclusion),
+            };
+            if let Err(conclusion) = prepared {
+                break (conclusion, Vec::new());
             }
-            match open.prepare(true) {
-                Ok(()) if self.afford(&mut open).is_err() => {
-                    let end = End::Incomplete(IncompleteReason::Budget);
-                    return self.finish(open, end, Vec::new()).await;
-                }
-                Ok(()) => self.clock.mark(|timing| &mut timing.rendered),
-                // What was sampled and sent is kept: it can be continued once it fits.
-                Err(error) if error.code == Code::ContextLengthExceeded => {
-                    let end = End::Incomplete(IncompleteReason::MaxOutputTokens);
-                    return self.finish(open, end, Vec::new()).await;
-                }
-                Err(error) => return self.failed(open, error, Vec::new()).await,
+        };
+        match conclusion {
+            Conclusion::Finish(end) => self.finish(open, end, events).await,
+            Conclusion::Failed(error) => self.failed(open, error, events).await,
+            Conclusion::Refused(error) => self.refused(open, error).await,
+            Conclusion::Cancelled => self.cancelled(&open).await,
+        }
+    }
+
+    /// One sample, and what comes after it. Its last events are left in `events`.
+    async fn sample(
+        &mut self,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> Result<Sampled, Conclusion> {
+        let begun = Instant::now();
+        let before = (open.usage(), open.open_calls().len());
+        let ended = self.round(open, events).await;
+        if !matches!(ended, Err(Broken::Unbegun(_))) {
+            let (usage, calls) = (open.usage(), open.open_calls().len());
+            self.purse.settle_sample(
+                millis(begun.elapsed()),
+                calls.saturating_sub(before.1) as u64,
+                (usage.cached_tokens - before.0.cached_tokens).into(),
+                now_ms(),
+            );
+        } else if self.hand_over(open) {
+            self.clock.mark(|timing| &mut timing.rendered);
+            let verdicts = open.take_verdicts().collect();
+            self.send(verdicts).await;
+            if self.afford(open).is_ok() {
+                return Ok(Sampled::Not);
             }
+            let end = End::Incomplete(IncompleteReason::Budget);
+            return match self.settle(Ok(RoundEnd::Spent), open, events).await {
+                Err(broken @ (Broken::Cancelled | Broken::Refused(_) | Broken::Presumed(_))) => {
+                    self.broken(broken, open)
+                }
+                Ok(_) | Err(Broken::Failed(_) | Broken::Unbegun(_)) => Err(Conclusion::Finish(end)),
+            };
+        }
+        let mut ended = self.settle(ended, open, events).await;
+        if let Ok(end @ (RoundEnd::Stop | RoundEnd::Boundary)) = ended
+            && !self.unadmitted.is_empty()
+        {
+            let end = open.close_round(end, events);
+            self.tell(open, std::mem::take(events), None).await;
+            let admitted = self.all_admitted(open).await;
+            ended = admitted.map_or_else(Stop::into_round, |()| Ok(end));
+        }
+        match ended {
+            Ok(end) => Ok(Sampled::Next(open.end_round(end, events))),
+            Err(broken) => self.broken(broken, open),
+        }
+    }
+
+    /// What comes after a sample that came to no end.
+    fn broken(&mut self, broken: Broken, open: &mut Open) -> Result<Sampled, Conclusion> {
+        match broken {
+            Broken::Cancelled => Err(Conclusion::Cancelled),
+            Broken::Failed(error) | Broken::Unbegun(error) => Err(Conclusion::Failed(error)),
+            Broken::Refused(error) => Err(Conclusion::Refused(error)),
+            Broken::Presumed(before) => {
+                self.unpresume(open, *before);
+                Ok(Sampled::TakenBack)
+            }
+        }
+    }
+
+    /// Input came while it sampled: the next sample follows at once.
+    async fn goes_on(&mut self, open: &Open, events: Vec<Event>) {
+        self.delivers(open);
+        self.send(events).await;
+        if self.earlier.len() == EARLIER_SAMPLES_MAX {
+            self.earlier.remove(0);
+        }
+        self.earlier.push(open.sample_report(self.clock.timing));
+        self.clock = Clock::new(Instant::now());
+    }
+
+    /// The outputs of its calls are awaited, and the client is told.
+    async fn awaits(&mut self, open: &mut Open, mut events: Vec<Event>) {
+        self.slot = None;
+        self.delivers(open);
+        let mut done = self.done(open, Status::AwaitingInput);
+        self.charge(self.counts(open), &mut done);
+        events.extend(self.found());
+        events.push(done);
+        open.told();
+        self.send(events).await;
+    }
+
+    /// The prompt of the next sample, which is afforded then.
+    fn prepare(&mut self, open: &mut Open) -> Result<(), Conclusion> {
+        match open.prepare(true) {
+            Ok(()) if self.afford(open).is_err() => Err(Conclusion::Finish(End::Incomplete(
+                IncompleteReason::Budget,
+            ))),
+            Ok(()) => {
+                self.clock.mark(|timing| &mut timing.rendered);
+                Ok(())
+            }
+            // What was sampled and sent is kept: it can be continued once it fits.
+            Err(error) if error.code == Code::ContextLengthExceeded => {
+                let end = End::Incomplete(IncompleteReason::MaxOutputTokens);
+                Err(Conclusion::Finish(end))
+            }
+            Err(error) => Err(Conclusion::Failed(error)),
         }
     }
 
@@ -778,7 +819,9 @@ impl Driver<'_> {
                             return Ok(end);
                         }
                     }
-                    judgement = admissible(&mut self.unadmitted) => self.admit(judgement, open).await,
+                    judgement = admissible(&mut self.unadmitted), if self.presumed == 0 => {
+                        self.admit(judgement, open).await;
+                    }
                     chunk = chunks.next(), if !self.withheld.full(hold_bytes_max) => break chunk,
                 }
             };
@@ -827,30 +870,37 @@ impl Driver<'_> {
 
     /// Holds the response for the outputs of its calls, then waits for a slot to sample in.
     /// Commands are taken all the while.
-    async fn awaiting(&mut self, open: &mut Open) -> Result<Next, Stop> {
+    async fn awaiting(&mut self, open: &mut Open) -> Result<Ready, Conclusion> {
+        let interrupted = End::Incomplete(IncompleteReason::Interrupted);
         let until = Instant::now() + self.shared.limits.held_time_max;
         let mut slot = std::pin::pin!(self.shared.slots.clone().acquire_owned());
         let mut prefill = None;
         loop {
             let next = open.next();
-            if let Next::Finish(_) = next
+            if let Next::Finish(end) = next
                 && self.unadmitted.is_empty()
             {
-                return Ok(next);
+                return Err(Conclusion::Finish(end));
             }
             tokio::select! {
                 biased;
-                stop = self.stops.stopped() => return Err(stop),
+                stop = self.stops.stopped() => return Err(match stop {
+                    Stop::Cancelled => Conclusion::Cancelled,
+                    Stop::Interrupted | Stop::Gone => Conclusion::Finish(interrupted),
+                }),
                 control = receive(&mut self.controls) => {
                     match &control {
                         Some(control) => self.clock = Clock::new(control.read_at),
                         // Nobody can answer the calls any more.
                         None if next == Next::Await && self.shared.ends.gone.is_cancelled() => {
-                            return Err(Stop::Gone);
+                            return Err(Conclusion::Finish(interrupted));
                         }
                         None => {}
                     }
                     self.control(control, open).await;
+                    if self.presume(open) {
+                        return Ok(Ready::Prompt);
+                    }
                     self.clock.mark(|timing| &mut timing.checked);
                     if self.unadmitted.is_empty() {
                         prefill = prefill_ahead(open);
@@ -864,11 +914,11 @@ impl Driver<'_> {
                 slot = &mut slot, if next == Next::Sample => {
                     self.slot = slot.ok();
                     self.clock.mark(|timing| &mut timing.started);
-                    return Ok(Next::Sample);
+                    return Ok(Ready::Input);
                 }
                 () = prefilled(&mut prefill) => {}
                 () = tokio::time::sleep_until(until), if next == Next::Await => {
-                    return Err(Stop::Interrupted);
+                    return Err(Conclusion::Finish(interrupted));
                 }
             }
         }
@@ -921,6 +971,32 @@ fn well(model: Arc<Model>, models: &Models) -> Arc<Model> {
     well.next().unwrap_or(model)
 }
 
+/// What came of a sample.
+enum Sampled {
+    /// It has ended, and this comes next.
+    Next(Next),
+    /// Nothing was sampled: another model has taken over, and is ready.
+    Not,
+    /// Its input did not pass, and the response awaits another one.
+    TakenBack,
+}
+
+/// What is there for the next sample.
+enum Ready {
+    /// Its input.
+    Input,
+    /// Its prompt, which is afforded.
+    Prompt,
+}
+
+/// How a response ends.
+enum Conclusion {
+    Finish(End),
+    Failed(Error),
+    Refused(Error),
+    Cancelled,
+}
+
 /// Why a sample came to no end.
 enum Broken {
     Cancelled,
@@ -929,6 +1005,8 @@ enum Broken {
     Unbegun(Error),
     /// Input does not pass.
     Refused(Error),
+    /// Input that was presumed to pass does not.
+    Presumed(Box<Before>),
 }
 
 impl Stop {

@@ -38,7 +38,7 @@ use crate::{
     session::{Committed, Held, Storing, View},
 };
 
-pub use judged::{Began, Piece};
+pub use judged::{Before, Began, Piece};
 use round::Round;
 
 /// How much of a prompt's end tells whether it has opened the model's reasoning, in bytes.

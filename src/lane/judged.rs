@@ -7,15 +7,26 @@ pub(super) struct Unadmitted {
     /// `None`: no more will come.
     control: Option<Control>,
     /// `None`: it waits for those before it alone.
-    verdict: Option<AbortOnDropHandle<Judgement>>,
+    verdict: Option<Answer>,
+}
+
+impl Unadmitted {
+    /// The input of an append, and what its client calls it.
+    fn append(&self) -> Option<(Vec<NewItem>, RequestId)> {
+        let control = self.control.as_ref()?;
+        match &control.what {
+            What::Append(input) => Some((input.clone(), control.request_id.clone())),
+            What::Done => None,
+        }
+    }
 }
 
 /// The answer to the first of them. Never where none waits.
-pub(super) async fn admissible(waiting: &mut VecDeque<Unadmitted>) -> Judgement {
+pub(super) async fn admissible(waiting: &mut VecDeque<Unadmitted>) -> Arc<Judgement> {
     match waiting.front_mut() {
         Some(Unadmitted { verdict, .. }) => match verdict {
-            Some(verdict) => withheld::answered(verdict).await,
-            None => Judgement::default(),
+            Some(verdict) => verdict.await,
+            None => Arc::default(),
         },
         None => std::future::pending().await,
     }
@@ -23,11 +34,7 @@ pub(super) async fn admissible(waiting: &mut VecDeque<Unadmitted>) -> Judgement 
 
 impl Driver<'_> {
     /// Asks, where the policy asks anybody. What is only observed is told when it is known.
-    fn ask(
-        &mut self,
-        inquiries: Vec<Inquiry>,
-        open: &Open,
-    ) -> Option<AbortOnDropHandle<Judgement>> {
+    fn ask(&mut self, inquiries: Vec<Inquiry>, open: &Open) -> Option<Answer> {
         let policy = open.policy().filter(|_| !inquiries.is_empty())?;
         self.withheld.ask(inquiries, policy)
     }
@@ -47,10 +54,10 @@ impl Driver<'_> {
                 stop = self.stops.stopped() => return Err(stop),
                 judged = self.withheld.judged() => judged,
             };
-            let Judgement { verdicts, refusal } = judged.judgement;
+            let Judgement { verdicts, refusal } = &*judged.judgement;
             let verdicts = told(verdicts);
             match refusal {
-                Some(error) => return Ok(Err(error)),
+                Some(error) => return Ok(Err(error.clone())),
                 None => self.found.extend(verdicts),
             }
         }
@@ -140,11 +147,15 @@ impl Driver<'_> {
     ) -> Result<Option<RoundEnd>, Broken> {
         let Judged {
             about,
-            judgement: Judgement { verdicts, refusal },
+            judgement,
             told,
         } = judged;
-        let verdicts = self::told(verdicts);
-        match (refusal, about) {
+        let verdicts = match about {
+            // They are told as those of each.
+            About::Presumed(_) => Vec::new(),
+            About::Input | About::Output(_) => self::told(&judgement.verdicts),
+        };
+        match (judgement.refusal.clone(), about) {
             (None, About::Input) => {
                 // They stand behind what tells of the input, which is first.
                 let mut told = told.into_iter();
@@ -158,7 +169,24 @@ impl Driver<'_> {
                 self.deliver(verdicts, self.request_id.clone()).await;
                 Ok(None)
             }
+            (None, About::Presumed(_)) => {
+                let mut told = told.into_iter();
+                for _ in 0..std::mem::take(&mut self.presumed) {
+                    self.release(told.next().into_iter().collect()).await;
+                    let admitted = self.unadmitted.pop_front();
+                    if let Some((control, verdict)) =
+                        admitted.and_then(|it| it.control.zip(it.verdict))
+                    {
+                        // It is known: all of them are.
+                        let verdicts = self::told(&verdict.await.verdicts);
+                        self.deliver(verdicts, control.request_id).await;
+                    }
+                }
+                self.release(told.collect()).await;
+                Ok(None)
+            }
             (Some(error), About::Input) => Err(Broken::Refused(error)),
+            (Some(_), About::Presumed(before)) => Err(Broken::Presumed(before)),
             (Some(_), About::Output(began)) => {
                 self.withheld.give_up();
                 events.clear();
@@ -177,10 +205,8 @@ impl Driver<'_> {
         events: &mut Vec<Event>,
     ) -> Result<RoundEnd, Broken> {
         let end = match &ended {
-            Err(Broken::Cancelled | Broken::Refused(_)) => {
-                self.withheld.give_up();
-                return ended;
-            }
+            Err(Broken::Cancelled) => return self.gives_up(open),
+            Err(Broken::Refused(_) | Broken::Presumed(_)) => return ended,
             Ok(RoundEnd::Interrupted) => return self.interrupted(open, events),
             Ok(end) => *end,
             Err(Broken::Failed(_) | Broken::Unbegun(_)) => RoundEnd::Interrupted,
@@ -198,10 +224,7 @@ impl Driver<'_> {
             tokio::select! {
                 biased;
                 stop = &mut stopped => match stop {
-                    Stop::Cancelled => {
-                        self.withheld.give_up();
-                        return Err(Broken::Cancelled);
-                    }
+                    Stop::Cancelled => return self.gives_up(open),
                     Stop::Interrupted | Stop::Gone => return self.interrupted(open, events),
                 },
                 control = receive(&mut self.controls) => self.control(control, open).await,
@@ -215,6 +238,14 @@ impl Driver<'_> {
         ended.map(|_| end)
     }
 
+    /// The response is cancelled: nobody waits for what is judged.
+    fn gives_up(&mut self, open: &mut Open) -> Result<RoundEnd, Broken> {
+        if let Some(About::Presumed(before)) = self.withheld.give_up() {
+            self.unpresume(open, *before);
+        }
+        Err(Broken::Cancelled)
+    }
+
     /// Time is up: what has not been judged by now is not kept.
     fn interrupted(
         &mut self,
@@ -226,6 +257,7 @@ impl Driver<'_> {
                 let why = "the stream closed before the input of this create was judged";
                 return Err(Broken::Refused(Error::new(Code::Draining, why)));
             }
+            Some(About::Presumed(before)) => return Err(Broken::Presumed(before)),
             Some(About::Output(began)) => Some(began),
             None if open.withholds() => open.piece(true).map(|it| it.began),
             None => None,
@@ -242,6 +274,7 @@ impl Driver<'_> {
     /// Input does not pass. Where nothing of the response was told, it does not exist; what was sampled for
     /// it meanwhile is charged.
     pub(super) async fn refused(&mut self, open: Open, error: Error) {
+        self.withheld.give_up();
         if self.told {
             return self.failed(open, error, Vec::new()).await;
         }
@@ -277,18 +310,77 @@ impl Driver<'_> {
     }
 
     /// The first command that waits is taken, or refused, as its input was judged.
-    pub(super) async fn admit(&mut self, judgement: Judgement, open: &mut Open) {
+    pub(super) async fn admit(&mut self, judgement: Arc<Judgement>, open: &mut Open) {
         let Some(Unadmitted { control, .. }) = self.unadmitted.pop_front() else {
             return;
         };
-        let verdicts = told(judgement.verdicts);
-        match (control, judgement.refusal) {
+        let verdicts = told(&judgement.verdicts);
+        match (control, judgement.refusal.clone()) {
             (Some(control), Some(error)) => {
                 let error = Event::Error(Box::new(error));
                 self.answer(vec![error], control.request_id).await;
             }
             (control, _) => self.obey(control, open, verdicts).await,
         }
+    }
+
+    /// Takes the input that waits as if it had passed, where the response then has all that it waits for: so the model
+    /// samples while the input is judged, and what it gives is withheld.
+    pub(super) fn presume(&mut self, open: &mut Open) -> bool {
+        let overlaps = open.policy().is_some_and(|it| it.gate() == GateAt::Output);
+        let appended = self.unadmitted.iter().map(Unadmitted::append);
+        let appended: Option<Vec<(Vec<NewItem>, RequestId)>> = appended.collect();
+        let Some(appended) = appended.filter(|it| overlaps && !it.is_empty()) else {
+            return false;
+        };
+        let Ok(slot) = self.shared.slots.clone().try_acquire_owned() else {
+            return false;
+        };
+        let before = open.before();
+        let Some(told) = self.presumed_events(appended, open) else {
+            open.take_back(before);
+            return false;
+        };
+        self.slot = Some(slot);
+        self.presumed = told.len();
+        let verdicts = self.unadmitted.iter().filter_map(|it| it.verdict.clone());
+        let verdict = withheld::all(verdicts.collect());
+        let about = About::Presumed(Box::new(before));
+        self.withheld.wait_for(verdict, about);
+        for (events, request_id) in told {
+            self.withhold(events, request_id, false);
+        }
+        true
+    }
+
+    /// What is told of this input once it has passed. `None`: it cannot be sampled for with it.
+    fn presumed_events(
+        &mut self,
+        appended: Vec<(Vec<NewItem>, RequestId)>,
+        open: &mut Open,
+    ) -> Option<Vec<(Vec<Event>, RequestId)>> {
+        let mut told = Vec::new();
+        for (input, request_id) in appended {
+            let event = open.append(input, &self.shared.held).ok()?;
+            let events = std::iter::once(event).chain(open.take_verdicts());
+            told.push((events.collect(), request_id));
+        }
+        self.clock.mark(|timing| &mut timing.checked);
+        if open.next() != Next::Sample {
+            return None;
+        }
+        open.prepare(true).ok()?;
+        self.clock.mark(|timing| &mut timing.rendered);
+        self.afford(open).ok()?;
+        Some(told)
+    }
+
+    /// Input that was presumed to pass does not: the response stands as before it.
+    pub(super) fn unpresume(&mut self, open: &mut Open, before: Before) {
+        self.withheld.give_up();
+        self.presumed = 0;
+        self.slot = None;
+        open.take_back(before);
     }
 
     /// The sample has ended, and the response may go on with what still waits to be judged.
@@ -328,9 +420,9 @@ impl Driver<'_> {
 }
 
 /// Verdicts as they are told, and logged.
-fn told(verdicts: Vec<Verdict>) -> Vec<Event> {
+fn told(verdicts: &[Verdict]) -> Vec<Event> {
     verdicts.iter().for_each(safety::log);
-    verdict_events(verdicts)
+    verdict_events(verdicts.to_vec())
 }
 
 fn verdict_events(verdicts: Vec<Verdict>) -> Vec<Event> {

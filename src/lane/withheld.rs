@@ -8,15 +8,19 @@
 //! A segment holds the events that leave when one verdict is in. They leave in order, so the oldest verdict is waited for.
 //! What waits is bounded by the driver, which samples no more while it is [`Withheld::full`].
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, Shared, join_all},
+};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     event::{Event, Verdict},
     item::RequestId,
-    response::Began,
+    response::{Before, Began},
     safety::{self, Inquiry, Judgement, Policy, judge, split},
 };
 
@@ -31,12 +35,17 @@ pub(super) struct Told {
 pub(super) enum About {
     /// Input: where it does not pass, the response does not exist.
     Input,
+    /// Input of appends that is presumed to pass: where it does not, the response stands as before them.
+    Presumed(Box<Before>),
     /// Output from there on: where it does not pass, the sample ends there.
     Output(Began),
 }
 
+/// What is said of something, when it is known. The questions are given up with the last that waits.
+pub(super) type Answer = Shared<BoxFuture<'static, Arc<Judgement>>>;
+
 struct Segment {
-    verdict: AbortOnDropHandle<Judgement>,
+    verdict: Answer,
     about: About,
     told: Vec<Told>,
     bytes: usize,
@@ -55,22 +64,26 @@ pub(super) struct Withheld {
 /// What the oldest verdict was about, what it says, and what waited for it.
 pub(super) struct Judged {
     pub(super) about: About,
-    pub(super) judgement: Judgement,
+    pub(super) judgement: Arc<Judgement>,
     pub(super) told: Vec<Told>,
 }
 
-/// The answer to what was asked. A task that broke is a fault of ours, and lets nothing pass.
-pub(super) async fn answered(verdict: &mut AbortOnDropHandle<Judgement>) -> Judgement {
-    verdict.await.unwrap_or_else(|_| Judgement::failed())
+/// What is said of all of these together.
+pub(super) fn all(verdicts: Vec<Answer>) -> Answer {
+    let all = join_all(verdicts).map(|verdicts| {
+        let refusal = verdicts.iter().find_map(|it| it.refusal.clone());
+        let verdicts = verdicts.iter().flat_map(|it| it.verdicts.clone());
+        Arc::new(Judgement {
+            verdicts: verdicts.collect(),
+            refusal,
+        })
+    });
+    all.boxed().shared()
 }
 
 impl Withheld {
     /// Asks. What is only observed is told when it is known, or, where the response has ended by then, logged alone.
-    pub(super) fn ask(
-        &mut self,
-        inquiries: Vec<Inquiry>,
-        policy: &Policy,
-    ) -> Option<AbortOnDropHandle<Judgement>> {
+    pub(super) fn ask(&mut self, inquiries: Vec<Inquiry>, policy: &Policy) -> Option<Answer> {
         let (waited_for, observed) = split(inquiries);
         if !observed.is_empty() {
             let judged = judge(observed, policy.version().clone());
@@ -81,8 +94,11 @@ impl Withheld {
             });
         }
         (!waited_for.is_empty()).then(|| {
-            let judged = judge(waited_for, policy.version().clone());
-            AbortOnDropHandle::new(tokio::spawn(judged))
+            let judged = tokio::spawn(judge(waited_for, policy.version().clone()));
+            let judged = AbortOnDropHandle::new(judged);
+            // A task that broke is a fault of ours, and lets nothing pass.
+            let judged = judged.map(|it| Arc::new(it.unwrap_or_else(|_| Judgement::failed())));
+            judged.boxed().shared()
         })
     }
 
@@ -122,7 +138,7 @@ impl Withheld {
     }
 
     /// All that came since waits for this verdict.
-    pub(super) fn wait_for(&mut self, verdict: AbortOnDropHandle<Judgement>, about: About) {
+    pub(super) fn wait_for(&mut self, verdict: Answer, about: About) {
         self.segments.push_back(Segment {
             verdict,
             about,
@@ -154,7 +170,7 @@ impl Withheld {
         let Some(oldest) = self.segments.front_mut() else {
             return std::future::pending().await;
         };
-        let judgement = answered(&mut oldest.verdict).await;
+        let judgement = (&mut oldest.verdict).await;
         match self.segments.pop_front() {
             Some(Segment { about, told, .. }) => Judged {
                 about,

@@ -1,9 +1,14 @@
 //! The classifiers' part of a response: what they are asked about, and the way back where they end a sample.
 
-use super::{Open, RoundEnd};
+use std::sync::Arc;
+
+use super::{Open, RoundEnd, Waiting};
 use crate::{
-    event::{Error, Event},
+    event::{Error, Event, PromptReport, RerenderReason},
     item::Item,
+    ledger::Rope,
+    parse::Grammar,
+    render::{Entries, Resume, Visible},
     request::{NewItem, ValidItem, validate_append},
     safety::{self, Asking, Document, Inquiry, Names, Passage, Policy},
     session::Held,
@@ -25,7 +30,70 @@ pub struct Piece {
 /// Where a piece of output began: a sample can be taken back to there.
 pub struct Began(Mark);
 
+/// How a response stood before input that was only presumed to pass.
+pub struct Before {
+    waiting: Waiting,
+    batches: usize,
+    chat: usize,
+    input: usize,
+    entries: Entries,
+    visible: Visible,
+    resume: Option<Resume>,
+    rope: Rope,
+    prompt_tokens: usize,
+    prompt_entries: usize,
+    grammar: Option<Arc<Grammar>>,
+    rerender: Option<RerenderReason>,
+    report: PromptReport,
+}
+
 impl Open {
+    /// How it stands, while nothing is sampled: what is appended and sampled from here on can be taken back.
+    #[must_use]
+    pub fn before(&self) -> Before {
+        Before {
+            waiting: Waiting {
+                staged: self.staged.clone(),
+                steering: self.steering.clone(),
+                open_calls: self.open_calls.clone(),
+            },
+            batches: self.batches.len(),
+            chat: self.chat.len(),
+            input: self.input.len(),
+            entries: self.entries.clone(),
+            visible: self.visible,
+            resume: self.resume.clone(),
+            rope: self.rope.clone(),
+            prompt_tokens: self.prompt_tokens,
+            prompt_entries: self.prompt_entries,
+            grammar: self.grammar.clone(),
+            rerender: self.rerender,
+            report: self.report,
+        }
+    }
+
+    /// It stands as it did. What was sampled is charged all the same.
+    pub fn take_back(&mut self, before: Before) {
+        let mut waiting = before.waiting;
+        self.swap(&mut waiting);
+        self.batches.truncate(before.batches);
+        self.chat.truncate(before.chat);
+        self.input.truncate(before.input);
+        self.entries = before.entries;
+        self.visible = before.visible;
+        self.resume = before.resume;
+        self.rope = before.rope;
+        self.prompt_tokens = before.prompt_tokens;
+        self.prompt_entries = before.prompt_entries;
+        self.grammar = before.grammar;
+        self.rerender = before.rerender;
+        self.report = before.report;
+        self.ahead = None;
+        self.afforded = None;
+        self.round = None;
+        self.verdicts.clear();
+    }
+
     /// Who asks classifiers about it. `None`: its policy asks none.
     fn asking(&self) -> Option<Asking> {
         let policy = self.policy.clone().filter(|it| it.has_classifiers())?;

@@ -257,7 +257,7 @@ async fn a_strict_gate_stands_before_the_sample() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn appended_input_is_taken_when_it_has_passed() {
+async fn a_held_response_samples_while_its_input_is_judged_and_takes_it_back() {
     let (mut house, mut talk, mut guard) = open(policy(input(Choice::Refuse)));
     talk.create("a", held(with_tools(new([user("Go")]))));
     guard.asked().await.passes();
@@ -268,18 +268,137 @@ async fn appended_input_is_taken_when_it_has_passed() {
     assert_eq!(asked.text(), "an order to the model");
     assert_eq!(asked.context(), ["Go", "{}"]);
     assert_eq!(asked.question.passage.scope, Scope::ToolOutput);
+    let sample = house.sample().await;
+    assert!(sample.text().contains("an order to the model"));
+    sample.says(&called("{\"obeyed\": true}"));
     talk.silent().await;
     asked.flags("injection");
     reads(&mut talk, "b r1 error content_policy_violation at append.input[0].function_call_output.output, never: the classifier's `guard.injection` of policy VERSION refuses it").await;
     house.idle().await;
+    // The response stands as before: the call is open, and what was sampled for the order is gone.
     talk.append("c", "r1", vec![output("c1", "harmless")]);
-    guard.asked().await.passes();
+    let asked = guard.asked().await;
     let sample = house.sample().await;
-    assert!(sample.text().contains("harmless") && !sample.text().contains("an order"));
-    reads(&mut talk, "c r1 appended [fco1] applied N").await;
+    assert!(sample.text().contains("harmless"));
+    assert!(!sample.text().contains("an order") && !sample.text().contains("obeyed"));
+    sample.writes("fi");
+    talk.silent().await;
+    asked.passes();
+    reads(
+        &mut talk,
+        "
+        c r1 appended [fco1] applied N
+        a r1 added 1: msg1 Assistant \"\" …
+        a r1 text 1: \"fi\"
+        ",
+    )
+    .await;
+    sample.says("ne");
+    reads(
+        &mut talk,
+        "
+        a r1 text 1: \"ne\"
+        a r1 item 1: msg1 Assistant \"fine\"
+        a r1 done completed stop items [fc1 msg1] sampled N in 3
+        ",
+    )
+    .await;
+    let kept = house.find("acme", &talk.id("r1")).unwrap();
+    let kept = format!("{:?}", (&kept.input, &kept.output, &kept.batches));
+    assert!(
+        !kept.contains("order") && !kept.contains("obeyed"),
+        "{kept}"
+    );
+    talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_appends_only_what_does_not_pass_is_refused() {
+    let (mut house, mut talk, mut guard) = open(policy(input(Choice::Refuse)));
+    talk.create("a", held(with_tools(new([user("Go")]))));
+    guard.asked().await.passes();
+    let two = format!("{}\n{}", called("{}"), called("{}"));
+    house.sample().await.says(&two);
+    assert!(talk.ends("a").await.contains("open [c1 c2]"));
+    talk.append("b", "r1", vec![output("c1", "bad")]);
+    let first = guard.asked().await;
+    house.idle().await;
+    talk.append("c", "r1", vec![output("c2", "good")]);
+    let second = guard.asked().await;
+    let sample = house.sample().await;
+    sample.writes("What is sampled meanwhile");
+    second.passes();
+    talk.silent().await;
+    first.flags("spam");
+    reads(
+        &mut talk,
+        "
+        b r1 error content_policy_violation at append.input[0].function_call_output.output, never: the classifier's `guard.spam` of policy VERSION refuses it
+        c r1 appended [fco1] applied N
+        ",
+    )
+    .await;
+    sample.is_dropped().await;
+    talk.append("d", "r1", vec![output("c1", "better")]);
+    let third = guard.asked().await;
+    let sample = house.sample().await;
+    third.passes();
     sample.says("fine");
+    reads(&mut talk, "d r1 appended [fco2] applied N").await;
     assert!(talk.ends("a").await.contains("done completed stop"));
     talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn with_a_strict_gate_a_held_response_waits_too() {
+    let strict = PolicyOptions {
+        gate: GateAt::Sampling,
+        ..policy(input(Choice::Refuse))
+    };
+    let (mut house, mut talk, mut guard) = open(strict);
+    talk.create("a", held(with_tools(new([user("Go")]))));
+    guard.asked().await.passes();
+    house.sample().await.says(&called("{}"));
+    talk.ends("a").await;
+    talk.append("b", "r1", vec![output("c1", "done")]);
+    let asked = guard.asked().await;
+    house.idle().await;
+    asked.passes();
+    reads(&mut talk, "b r1 appended [fco1] applied N").await;
+    house.sample().await.says("fine");
+    assert!(talk.ends("a").await.contains("done completed stop"));
+    talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_cancels_or_leaves_while_an_append_is_judged_has_what_was_before_it() {
+    for leaves in [false, true] {
+        let (mut house, mut talk, mut guard) = open(policy(input(Choice::Refuse)));
+        talk.create("a", held(with_tools(new([user("Go")]))));
+        guard.asked().await.passes();
+        house.sample().await.says(&called("{}"));
+        talk.ends("a").await;
+        talk.append("b", "r1", vec![output("c1", "not judged")]);
+        let asked = guard.asked().await;
+        let sample = house.sample().await;
+        sample.writes("sampled meanwhile");
+        still().await;
+        let id = talk.id("r1");
+        if leaves {
+            talk.vanishes().await;
+            let kept = house.find("acme", &id).unwrap();
+            assert_eq!(kept.open_calls.len(), 1);
+            let kept = format!("{:?}", (&kept.input, &kept.output));
+            assert!(!kept.contains("not judged") && !kept.contains("meanwhile"));
+        } else {
+            talk.cancel("c", "r1");
+            reads(&mut talk, "c r1 done cancelled tool_calls open [c1] items [fc1] sampled N in 2\nb r1 error response_not_open at append.response_id, never: the response `r1` neither runs nor is held").await;
+            assert!(house.find("acme", &id).is_none());
+            talk.bye().await;
+        }
+        sample.is_dropped().await;
+        assert!(asked.answer.is_closed(), "it is still asked");
+    }
 }
 
 #[tokio::test(start_paused = true)]
