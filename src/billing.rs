@@ -20,6 +20,7 @@ mod export;
 mod journal;
 mod jsonl;
 mod meter;
+mod postgres;
 mod queue;
 mod record;
 
@@ -39,6 +40,7 @@ pub use export::{Export, Exporter, Retries};
 pub use journal::{Busy, Journal, JournalError, OpenError};
 pub use jsonl::Jsonl;
 pub use meter::Meter;
+pub use postgres::{Postgres, UrlError};
 pub use queue::{Billing, Change, Medium, MediumError};
 pub use record::{Counts, Record, Reservation, Served, Settlement, record_id};
 

@@ -390,14 +390,14 @@ pub struct BillingExport {
     /// Of `jsonl`: the file, relative to the file of settings.
     #[serde(default, skip_serializing_if = "no_path")]
     pub path: PathBuf,
-    /// Of `cloudevents`: where records are posted to.
+    /// Of `cloudevents`: where records are posted to. Of `postgres`: the database, without a password.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub url: String,
     /// Of `cloudevents`: the environment variable with the key that is sent as `authorization: Bearer …`.
-    /// Empty: none is.
+    /// Empty: none is. Of `postgres`: the one with the password.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub key_variable: String,
-    /// Of `cloudevents`: names this server in the events.
+    /// Of `cloudevents` and `postgres`: names this server in the events, or in the column `node`.
     #[serde(default = "source")]
     pub source: String,
     /// How large the file may become before another one is begun.
@@ -422,6 +422,8 @@ pub enum ExportKind {
     Jsonl,
     /// CloudEvents over HTTP.
     CloudEvents,
+    /// A table of Postgres.
+    Postgres,
 }
 
 impl BillingExport {

@@ -8,9 +8,13 @@
     reason = "a server that cannot be talked to should panic"
 )]
 
+#[path = "support/packages.rs"]
+mod packages;
+
 mod billing {
     mod bound;
     mod kills;
+    mod postgres;
     mod program;
     mod sinks;
     mod ways_out;

@@ -11,17 +11,19 @@
     reason = "what cannot be set up should panic"
 )]
 
+#[path = "support/packages.rs"]
+mod packages;
 #[path = "server/program.rs"]
 mod program;
 
 use std::{
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::OnceLock,
 };
 
+use packages::{finish, installed, or_note};
 use program::{Program, Serve, run};
 
 const KEY: &str = "0123456789abcdef";
@@ -46,47 +48,13 @@ impl Python {
     /// `None`: it cannot be had here, and that was said.
     fn find() -> Option<&'static Self> {
         static FOUND: OnceLock<Result<Python, String>> = OnceLock::new();
-        match FOUND.get_or_init(Self::set_up) {
-            Ok(python) => Some(python),
-            Err(reason) => {
-                let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-                assert!(
-                    !set("CI") && !set("HOTLOOP_REQUIRE_PYTHON"),
-                    "the Python clients cannot be tested: {reason}"
-                );
-                // Not by a macro: what those print is kept back where a test passes.
-                let note = format!("note: the Python clients are NOT tested: {reason}\n");
-                std::io::stderr().write_all(note.as_bytes()).unwrap();
-                None
-            }
-        }
+        let found = FOUND.get_or_init(Self::set_up);
+        or_note(found, "the Python client", "HOTLOOP_REQUIRE_PYTHON")
     }
 
     fn set_up() -> Result<Self, String> {
-        let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
+        let home = installed("python", &clients().join("requirements.txt"))?;
         let interpreter = home.join("bin/python");
-        let requirements = clients().join("requirements.txt");
-        let wanted = fs::read_to_string(&requirements).unwrap();
-        // Written last, so that an installation that was broken off is begun anew.
-        let installed = home.join("installed.txt");
-        if fs::read_to_string(&installed).ok().as_ref() != Some(&wanted) {
-            let python = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-            finish(
-                Command::new(python)
-                    .args(["-m", "venv", "--clear"])
-                    .arg(&home),
-            )?;
-            let pip = [
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "-r",
-            ];
-            finish(Command::new(&interpreter).args(pip).arg(&requirements))?;
-            fs::write(&installed, wanted).unwrap();
-        }
         let stubs = home.join("stubs");
         fs::create_dir_all(&stubs).unwrap();
         let protos = ["items", "models", "responses"].map(|it| format!("hotloop/v1/{it}.proto"));
@@ -132,17 +100,6 @@ impl Python {
 
 fn clients() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/python")
-}
-
-/// Runs a command to its end.
-fn finish(command: &mut Command) -> Result<(), String> {
-    let output = command.stdin(Stdio::null()).output();
-    let output = output.map_err(|error| format!("{command:?}: {error}"))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{command:?}: {}\n{said}", output.status))
 }
 
 async fn serve() -> Program {

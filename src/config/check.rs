@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::{backend::cerebras::CerebrasOptions, safety::ClassifierOptions};
+use crate::{backend::cerebras::CerebrasOptions, billing::Postgres, safety::ClassifierOptions};
 
 use super::{Alias, BillingExport, Config, ConfigError, ExportKind, Model, Sim};
 
@@ -97,6 +97,10 @@ impl Config {
                 if !(export.url.starts_with("http://") || export.url.starts_with("https://")) =>
             {
                 return Err("url is no http:// or https:// address".to_owned());
+            }
+            ExportKind::Postgres => {
+                let read = Postgres::check(&export.url);
+                read.map_err(|error| format!("url {error}"))?;
             }
             ExportKind::Jsonl | ExportKind::CloudEvents => {}
         }

@@ -415,7 +415,7 @@ fn the_pages_show_configurations_that_work() {
         ("routing.md", include_str!("../../docs/routing.md"), 1),
         ("local.md", include_str!("../../docs/local.md"), 2),
         ("budgets.md", include_str!("../../docs/budgets.md"), 1),
-        ("billing.md", include_str!("../../docs/billing.md"), 2),
+        ("billing.md", include_str!("../../docs/billing.md"), 3),
         ("safety.md", include_str!("../../docs/safety.md"), 2),
     ];
     for (page, text, count) in pages {
@@ -427,7 +427,8 @@ fn the_pages_show_configurations_that_work() {
         for block in blocks {
             let given = file(block)
                 .variable("CEREBRAS_API_KEY", "csk-1234")
-                .variable("OPENAI_API_KEY", "sk-1234");
+                .variable("OPENAI_API_KEY", "sk-1234")
+                .variable("PGPASSWORD", "correct horse");
             let loaded = Config::load(&given.flags, given.environment.clone());
             assert!(loaded.is_ok(), "{page}: {}\n{block}", loaded.unwrap_err());
         }
@@ -547,4 +548,45 @@ fn sinks_of_usage_are_read_and_held_against_their_ranges() {
     assert_eq!(sink(again).error(), expected);
     let expected = "billing.export[0].name: there is nothing to export without billing.path";
     assert_eq!(sink("").set("billing.path=").error(), expected);
+}
+
+#[test]
+fn a_database_for_usage_is_named_without_its_password() {
+    let sink = |url: &str| {
+        file(&format!(
+            "[billing]\npath = \"journal\"\n[[billing.export]]\nname = \"all\"\nkind = \"postgres\"\nurl = \"{url}\"\n"
+        ))
+    };
+    for url in [
+        "postgres://usage@db.example:5433/billing?sslmode=require",
+        "postgresql://usage@%2Frun%2Fpostgresql/billing",
+        "postgres://usage@a.example,b.example/billing?target_session_attrs=read-write",
+    ] {
+        let config = sink(url).load();
+        assert_eq!(config.billing.export[0].kind, ExportKind::Postgres);
+        assert_eq!(config.billing.export[0].url, url);
+    }
+    let password = "url holds a password, which comes from the environment alone: key_variable names the variable";
+    let expected = [
+        ("", "url is no postgres:// address"),
+        ("host=db user=usage", "url is no postgres:// address"),
+        ("postgres://db.example/billing", "url names no user"),
+        ("postgres://usage@/billing", "url names no host"),
+        ("postgres://usage@db.example", "url names no database"),
+        ("postgres://usage:secret@db.example/billing", password),
+        (
+            "postgres://usage@db.example/billing?password=secret",
+            password,
+        ),
+        (
+            "postgres://usage@db.example/billing?sslmode=verify-full",
+            "url cannot be read: invalid connection string: invalid value for option `sslmode`",
+        ),
+    ];
+    for (url, reason) in expected {
+        assert_eq!(sink(url).error(), format!("billing.export[0].{reason}"));
+    }
+    let missing = "billing.export[0].key_variable: the environment has no PGPASSWORD";
+    let keyed = "postgres://usage@db.example/billing\"\nkey_variable = \"PGPASSWORD";
+    assert_eq!(sink(keyed).error(), missing);
 }

@@ -11,7 +11,7 @@ use tonic::service::Routes;
 use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
-    billing::{Biller, Billing, CloudEvents, Export, Jsonl, Logged, OpenError},
+    billing::{Biller, Billing, CloudEvents, Export, Jsonl, Logged, OpenError, Postgres},
     budget::Budgets,
     config::{self, Config, ExportKind, Secrets},
     model::Models,
@@ -133,6 +133,11 @@ fn biller(options: &config::Billing, secrets: &Secrets) -> Result<Arc<dyn Biller
                 ExportKind::CloudEvents => {
                     let key = secrets.get(&it.key_variable);
                     let sink = CloudEvents::new(&it.url, key, &it.source);
+                    Box::new(sink.map_err(|error| failed(error.to_string()))?)
+                }
+                ExportKind::Postgres => {
+                    let password = secrets.get(&it.key_variable);
+                    let sink = Postgres::new(&it.url, password, &it.source);
                     Box::new(sink.map_err(|error| failed(error.to_string()))?)
                 }
             },

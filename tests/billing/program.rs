@@ -64,11 +64,13 @@ const RULES: &str = r#"
 /// A directory with a journal, and the settings of the program over it.
 pub(crate) struct Place {
     dir: TempDir,
+    environment: Vec<(&'static str, String)>,
 }
 
 /// The program. It is killed when this is dropped.
 pub(crate) struct Program {
     child: Child,
+    log: mpsc::Receiver<String>,
     pub(crate) client: ResponsesServiceClient<Channel>,
 }
 
@@ -106,7 +108,16 @@ impl Place {
             "[server]\ndrain_secs_max = 1\n[billing]\npath = \"journal\"\n{billing}\n{MODELS}"
         );
         fs::write(dir.path().join("hotloop.toml"), config).unwrap();
-        Self { dir }
+        Self {
+            dir,
+            environment: Vec::new(),
+        }
+    }
+
+    /// With this variable in the program's environment.
+    pub(crate) fn variable(mut self, name: &'static str, value: &str) -> Self {
+        self.environment.push((name, value.to_owned()));
+        self
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -117,6 +128,7 @@ impl Place {
         let mut child = Process::new(env!("CARGO_BIN_EXE_hotloop"))
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(self.path("hotloop.toml"))
+            .envs(self.environment.iter().cloned())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -124,7 +136,7 @@ impl Place {
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
             for line in stderr.lines() {
-                // Nobody reads on once it serves.
+                // Whoever reads may be gone.
                 let _ = sender.send(line.unwrap());
             }
         });
@@ -138,6 +150,7 @@ impl Place {
         let channel = Channel::from_shared(format!("http://{address}")).unwrap();
         Program {
             child,
+            log: lines,
             client: ResponsesServiceClient::new(channel.connect().await.unwrap()),
         }
     }
@@ -191,6 +204,15 @@ pub(crate) async fn until(what: impl Fn() -> bool) {
 }
 
 impl Program {
+    /// What it logs next, up to the line with this text.
+    pub(crate) fn logs(&self, text: &str) -> Vec<String> {
+        let mut lines: Vec<String> = Vec::new();
+        while !lines.last().is_some_and(|line| line.contains(text)) {
+            lines.push(self.log.recv_timeout(NEVER).expect("a line"));
+        }
+        lines
+    }
+
     /// As a crash ends it.
     pub(crate) fn kill(self) {
         drop(self);
