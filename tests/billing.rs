@@ -10,6 +10,8 @@
 
 mod billing {
     mod bound;
+    mod broker;
+    mod kafka;
     mod kills;
     mod program;
     mod sinks;

@@ -3,12 +3,11 @@
 use std::{io, time::Duration};
 
 use serde::Serialize;
-use tokio::runtime::{self, Runtime};
 
-use super::{Exporter, Record};
+use super::{Exporter, Record, export::OwnRuntime};
 
 /// The type of the events.
-const TYPE: &str = "hotloop.usage.record.v1";
+pub(super) const TYPE: &str = "hotloop.usage.record.v1";
 
 /// How long one request may take.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
@@ -19,8 +18,7 @@ const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct CloudEvents {
     client: reqwest::Client,
-    /// Of the exporter's own thread, made there.
-    runtime: Option<Runtime>,
+    runtime: OwnRuntime,
     url: String,
     key: Option<String>,
     source: String,
@@ -52,7 +50,7 @@ impl CloudEvents {
             .redirect(reqwest::redirect::Policy::none());
         Ok(Self {
             client: client.build().map_err(io::Error::other)?,
-            runtime: None,
+            runtime: OwnRuntime::default(),
             url: url.to_owned(),
             key: key.map(str::to_owned),
             source: source.to_owned(),
@@ -72,15 +70,8 @@ impl Exporter for CloudEvents {
         if let Some(key) = &self.key {
             request = request.bearer_auth(key);
         }
-        let runtime = match self.runtime.take() {
-            Some(runtime) => runtime,
-            None => runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?,
-        };
-        let runtime = self.runtime.insert(runtime);
         // Its timers are made in the runtime.
-        let answer = runtime.block_on(async { request.send().await });
+        let answer = self.runtime.get()?.block_on(async { request.send().await });
         let status = answer
             .map_err(|error| io::Error::other(error.without_url()))?
             .status();

@@ -3,6 +3,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::runtime::{self, Runtime};
+
 use super::{
     Change, Record,
     journal::Reading,
@@ -45,6 +47,24 @@ pub struct Retries {
     pub rest_min: Duration,
     /// The longest rest.
     pub rest_max: Duration,
+}
+
+/// A runtime of an exporter's own thread, made there when it is first asked for: one may not end
+/// where tasks run.
+#[derive(Debug, Default)]
+pub(super) struct OwnRuntime(Option<Runtime>);
+
+impl OwnRuntime {
+    /// The runtime.
+    pub(super) fn get(&mut self) -> std::io::Result<&Runtime> {
+        let runtime = match self.0.take() {
+            Some(runtime) => runtime,
+            None => runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?,
+        };
+        Ok(self.0.insert(runtime))
+    }
 }
 
 /// What became of a batch.
