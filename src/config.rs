@@ -25,7 +25,7 @@ use crate::{
         gpu::GpuOptions,
         router::RoutingOptions,
     },
-    billing::{AtBound, BillingOptions, Durability, Pace, Reserve, Retries},
+    billing::{AtBound, BillingOptions, Durability, Pace, Reserve, Retries, Sasl},
     budget::{BudgetOptions, Price},
     safety::{ClassifierOptions, PolicyOptions},
     stream::Limits,
@@ -412,6 +412,24 @@ pub struct BillingExport {
     /// The longest rest, in milliseconds.
     #[serde(default = "rest_ms_max")]
     pub rest_ms_max: u64,
+    /// Of `kafka`: brokers that are asked first, as `host:port`. They tell of the others.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub brokers: Vec<String>,
+    /// Of `kafka`: the topic. It has to be there.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub topic: String,
+    /// Of `kafka`: whether connections are encrypted.
+    #[serde(default)]
+    pub tls: bool,
+    /// Of `kafka`: who we are to the brokers, with the password in `key_variable`. Empty: nobody asks.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub user: String,
+    /// Of `kafka`: how the brokers are shown that we know the password.
+    #[serde(default)]
+    pub sasl: Sasl,
+    /// Of `kafka`: how long a batch may take, in seconds.
+    #[serde(default = "batch_secs_max")]
+    pub batch_secs_max: u64,
 }
 
 /// What a sink of usage records is.
@@ -424,6 +442,8 @@ pub enum ExportKind {
     CloudEvents,
     /// A table of Postgres.
     Postgres,
+    /// A topic of Kafka.
+    Kafka,
 }
 
 impl BillingExport {
@@ -460,6 +480,10 @@ fn rest_ms_min() -> u64 {
 
 fn rest_ms_max() -> u64 {
     10_000
+}
+
+fn batch_secs_max() -> u64 {
+    30
 }
 
 /// What items are checked for.

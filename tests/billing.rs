@@ -13,6 +13,8 @@ mod packages;
 
 mod billing {
     mod bound;
+    mod broker;
+    mod kafka;
     mod kills;
     mod postgres;
     mod program;

@@ -4,10 +4,13 @@ use std::{io, time::Duration};
 
 use serde::Serialize;
 
-use super::{Exporter, Record, export::OwnRuntime};
+use super::{
+    Exporter, Record,
+    export::{OwnRuntime, choose_cryptography},
+};
 
 /// The type of the events.
-const TYPE: &str = "hotloop.usage.record.v1";
+pub(super) const TYPE: &str = "hotloop.usage.record.v1";
 
 /// How long one request may take.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
@@ -43,8 +46,7 @@ impl CloudEvents {
     ///
     /// There can be no client for it.
     pub fn new(url: &str, key: Option<&str>, source: &str) -> io::Result<Self> {
-        // Whoever was first has chosen: that is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        choose_cryptography();
         let client = reqwest::Client::builder()
             .timeout(REQUEST_TIME_MAX)
             .redirect(reqwest::redirect::Policy::none());

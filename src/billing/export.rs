@@ -3,6 +3,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use rustls::ClientConfig;
+use rustls_platform_verifier::ConfigVerifierExt as _;
 use tokio::runtime::{self, Runtime};
 
 use super::{
@@ -65,6 +67,17 @@ impl OwnRuntime {
         };
         Ok(self.0.insert(runtime))
     }
+}
+
+/// Encryption that trusts what the system trusts.
+pub(super) fn trusting() -> std::io::Result<ClientConfig> {
+    choose_cryptography();
+    ClientConfig::with_platform_verifier().map_err(std::io::Error::other)
+}
+
+pub(super) fn choose_cryptography() {
+    // Whoever was first has chosen: that is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// What became of a batch.

@@ -3,7 +3,6 @@
 use std::{error::Error as _, io, time::Duration};
 
 use rustls::{ClientConfig, RootCertStore};
-use rustls_platform_verifier::ConfigVerifierExt as _;
 use tokio_postgres::{
     Client, Config,
     config::{Host, SslMode},
@@ -12,7 +11,10 @@ use tokio_postgres::{
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Exporter, Record, export::OwnRuntime};
+use super::{
+    Exporter, Record,
+    export::{OwnRuntime, choose_cryptography, trusting},
+};
 
 /// What `hotloop_usage_format` says of a table that this program writes.
 const FORMAT: i32 = 1;
@@ -178,17 +180,18 @@ impl Server {
 
 /// How the server's certificate is verified: against the roots of the system, and the name of the host.
 fn tls(config: &Config) -> io::Result<MakeRustlsConnect> {
-    // Whoever was first has chosen: that is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
     // Over a socket of the file system Postgres speaks no TLS.
     let local = |host: &Host| matches!(host, Host::Unix(_));
     let plain = config.get_ssl_mode() == SslMode::Disable || config.get_hosts().iter().all(local);
     let verifying = match plain {
         // A machine may be without roots where none are needed.
-        true => ClientConfig::builder()
-            .with_root_certificates(RootCertStore::empty())
-            .with_no_client_auth(),
-        false => ClientConfig::with_platform_verifier().map_err(io::Error::other)?,
+        true => {
+            choose_cryptography();
+            ClientConfig::builder()
+                .with_root_certificates(RootCertStore::empty())
+                .with_no_client_auth()
+        }
+        false => trusting()?,
     };
     Ok(MakeRustlsConnect::new(verifying))
 }

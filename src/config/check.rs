@@ -16,6 +16,12 @@ const CONTEXT_TOKENS_MIN: u32 = 256;
 /// The largest share of a model in a split.
 const WEIGHT_MAX: u32 = 1_000_000;
 
+/// Brokers that are asked first. They tell of the others.
+const BROKERS_MAX: usize = 64;
+
+/// What Kafka allows.
+const TOPIC_CHARACTERS_MAX: usize = 249;
+
 impl Config {
     /// Holds every value against its range, and those that depend on each other together.
     pub(super) fn check(&self) -> Result<(), ConfigError> {
@@ -102,6 +108,7 @@ impl Config {
                 let read = Postgres::check(&export.url);
                 read.map_err(|error| format!("url {error}"))?;
             }
+            ExportKind::Kafka => check_kafka(export)?,
             ExportKind::Jsonl | ExportKind::CloudEvents => {}
         }
         if !export.key_variable.is_empty() && self.secrets.get(&export.key_variable).is_none() {
@@ -110,9 +117,12 @@ impl Config {
                 export.key_variable
             ));
         }
-        let same = |other: &BillingExport| (&other.path, &other.url) == (&export.path, &export.url);
+        let same = |other: &BillingExport| {
+            (&other.path, &other.url) == (&export.path, &export.url)
+                && (&other.brokers, &other.topic) == (&export.brokers, &export.topic)
+        };
         if earlier.iter().any(same) {
-            return Err("path, or url, is that of one before it".to_owned());
+            return Err("path, url or topic is that of one before it".to_owned());
         }
         let ranges = [
             ("rotate_bytes", export.rotate_bytes, 4096..=1024 * GIB),
@@ -123,6 +133,7 @@ impl Config {
                 export.rest_ms_max,
                 export.rest_ms_min..=3_600_000,
             ),
+            ("batch_secs_max", export.batch_secs_max, 1..=600),
         ];
         for (key, value, range) in ranges {
             if !range.contains(&value) {
@@ -365,5 +376,35 @@ impl Config {
             ("billing.checkpoint_ms", billing.checkpoint_ms, 1..=60_000),
             ("billing.retention_secs", billing.retention_secs, 0..=3650 * DAY_SECS),
         ]
+    }
+}
+
+/// What a sink of Kafka takes.
+fn check_kafka(export: &BillingExport) -> Result<(), String> {
+    if !(1..=BROKERS_MAX).contains(&export.brokers.len()) {
+        return Err(format!("brokers are not 1 to {BROKERS_MAX} addresses"));
+    }
+    for broker in &export.brokers {
+        let parts = broker.rsplit_once(':');
+        let fits = |(host, port): (&str, &str)| {
+            !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+        };
+        if !parts.is_some_and(fits) {
+            return Err(format!("brokers: `{broker}` is no host:port"));
+        }
+    }
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let fits = (1..=TOPIC_CHARACTERS_MAX).contains(&export.topic.len())
+        && export.topic.bytes().all(allowed)
+        && ![".", ".."].contains(&&*export.topic);
+    if !fits {
+        return Err(format!(
+            "topic is not 1 to {TOPIC_CHARACTERS_MAX} characters of letters, digits, . _ -"
+        ));
+    }
+    match (export.user.is_empty(), export.key_variable.is_empty()) {
+        (true, false) => Err("user is missing: key_variable is for its password".to_owned()),
+        (false, true) => Err("key_variable is missing: it names the password of user".to_owned()),
+        (true, true) | (false, false) => Ok(()),
     }
 }

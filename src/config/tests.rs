@@ -415,7 +415,7 @@ fn the_pages_show_configurations_that_work() {
         ("routing.md", include_str!("../../docs/routing.md"), 1),
         ("local.md", include_str!("../../docs/local.md"), 2),
         ("budgets.md", include_str!("../../docs/budgets.md"), 1),
-        ("billing.md", include_str!("../../docs/billing.md"), 3),
+        ("billing.md", include_str!("../../docs/billing.md"), 4),
         ("safety.md", include_str!("../../docs/safety.md"), 2),
     ];
     for (page, text, count) in pages {
@@ -543,6 +543,45 @@ fn sinks_of_usage_are_read_and_held_against_their_ranges() {
     ];
     for (more, reason) in expected {
         assert_eq!(sink(more).error(), format!("billing.export[0].{reason}"));
+    }
+    let kafka = |more: &str| {
+        file(&format!(
+            "[billing]\npath = \"journal\"\n[[billing.export]]\nname = \"usage\"\nkind = \"kafka\"\n{more}"
+        ))
+        .variable("KAFKA_PASSWORD", "open sesame")
+    };
+    let whole = "brokers = [\"a:9092\", \"b:9093\"]\ntopic = \"usage\"\n";
+    let user = "user = \"hotloop\"\nkey_variable = \"KAFKA_PASSWORD\"\nsasl = \"plain\"\n";
+    let export = &kafka(&format!("{whole}{user}")).load().billing.export[0];
+    assert_eq!((export.sasl, export.batch_secs_max), (Sasl::Plain, 30));
+    let expected = [
+        ("", "brokers are not 1 to 64 addresses"),
+        ("brokers = [\"a\"]\n", "brokers: `a` is no host:port"),
+        ("brokers = [\":1\"]\n", "brokers: `:1` is no host:port"),
+        ("brokers = [\"a:0\"]\n", "brokers: `a:0` is no host:port"),
+        (
+            "brokers = [\"a:1\"]\ntopic = \"a b\"\n",
+            "topic is not 1 to 249 characters of letters, digits, . _ -",
+        ),
+        (
+            &format!("{whole}user = \"hotloop\"\n"),
+            "key_variable is missing: it names the password of user",
+        ),
+        (
+            &format!("{whole}key_variable = \"KAFKA_PASSWORD\"\n"),
+            "user is missing: key_variable is for its password",
+        ),
+        (
+            &format!("{whole}user = \"hotloop\"\nkey_variable = \"ABSENT\"\n"),
+            "key_variable: the environment has no ABSENT",
+        ),
+        (
+            &format!("{whole}batch_secs_max = 0\n"),
+            "batch_secs_max is 0, but must be from 1 to 600",
+        ),
+    ];
+    for (more, reason) in expected {
+        assert_eq!(kafka(more).error(), format!("billing.export[0].{reason}"));
     }
     let expected = "billing.export[1].name is that of one before it";
     assert_eq!(sink(again).error(), expected);

@@ -11,7 +11,10 @@ use tonic::service::Routes;
 use super::{Drain, ServeError};
 use crate::{
     archive::Archive,
-    billing::{Biller, Billing, CloudEvents, Export, Jsonl, Logged, OpenError, Postgres},
+    billing::{
+        Biller, Billing, CloudEvents, Export, Jsonl, Kafka, KafkaOptions, Logged, Login, OpenError,
+        Postgres,
+    },
     budget::Budgets,
     config::{self, Config, ExportKind, Secrets},
     model::Models,
@@ -140,6 +143,10 @@ fn biller(options: &config::Billing, secrets: &Secrets) -> Result<Arc<dyn Biller
                     let sink = Postgres::new(&it.url, password, &it.source);
                     Box::new(sink.map_err(|error| failed(error.to_string()))?)
                 }
+                ExportKind::Kafka => {
+                    let sink = Kafka::new(kafka(it, secrets));
+                    Box::new(sink.map_err(|error| failed(error.to_string()))?)
+                }
             },
         })
     });
@@ -147,6 +154,22 @@ fn biller(options: &config::Billing, secrets: &Secrets) -> Result<Arc<dyn Biller
     let opened = Billing::open(path, options.durability, options.options(), exports);
     let billing = opened.map_err(|error: OpenError| failed(error.to_string()))?;
     Ok(Arc::new(billing))
+}
+
+/// How a sink of Kafka is reached.
+fn kafka(export: &config::BillingExport, secrets: &Secrets) -> KafkaOptions {
+    let password = secrets.get(&export.key_variable);
+    KafkaOptions {
+        brokers: export.brokers.clone(),
+        topic: export.topic.clone(),
+        tls: export.tls,
+        login: password.map(|password| Login {
+            sasl: export.sasl,
+            user: export.user.clone(),
+            password: password.to_owned(),
+        }),
+        batch_time_max: Duration::from_secs(export.batch_secs_max),
+    }
 }
 
 /// How often what is parked for too long is looked for.
