@@ -215,6 +215,7 @@ fn dead(place: &Place, sink: &str) -> Vec<String> {
 #[tokio::test]
 async fn what_brokers_do_not_take_is_kept_aside_and_comes_once_they_do() {
     let broker = Broker::start();
+    broker.topic(Some(("usage", 1)));
     broker.mood(Mood::Refuses(ResponseError::NotEnoughReplicas));
     let address = broker.address();
     let place = Place::new(&format!(
