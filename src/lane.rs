@@ -656,6 +656,12 @@ impl Driver<'_> {
                 (usage.cached_tokens - before.0.cached_tokens).into(),
                 now_ms(),
             );
+        } else if let Some(before) = self.withheld.presumed() {
+            // Another model takes over for what has passed.
+            self.purse.abandon();
+            open.unbegin_round();
+            self.unpresume(open, *before);
+            return Ok(Sampled::TakenBack);
         } else if self.hand_over(open) {
             self.clock.mark(|timing| &mut timing.rendered);
             let verdicts = open.take_verdicts().collect();

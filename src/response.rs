@@ -485,11 +485,7 @@ impl Open {
     ) -> Result<(), Error> {
         self.settings.check(&model.abilities())?;
         let masks = self.check_under(policy)?;
-        if self.round.take().is_some() {
-            self.usage.samples -= 1;
-            self.usage.input_tokens -= self.report.tokens;
-            self.reused_tokens -= self.report.had_before();
-        }
+        self.unbegin_round();
         let same = self.model.artifacts.fingerprint == model.artifacts.fingerprint;
         self.model = model;
         if same && !masks {
@@ -515,6 +511,15 @@ impl Open {
         self.ahead = None;
         self.rerender = Some(RerenderReason::Model);
         self.prepare(true)
+    }
+
+    /// The sample was not begun after all: it is not counted.
+    pub fn unbegin_round(&mut self) {
+        if self.round.take().is_some() {
+            self.usage.samples -= 1;
+            self.usage.input_tokens -= self.report.tokens;
+            self.reused_tokens -= self.report.had_before();
+        }
     }
 
     /// From here on this policy holds. Says whether something is redacted now that was not.

@@ -42,6 +42,9 @@ pub use scan::{Scanner, State};
 /// Verdicts on one item that are told. What is found beyond that is acted on.
 const VERDICTS_MAX: usize = 100;
 
+/// Verdicts on a history that are told.
+const VERDICTS_AGAIN_MAX: usize = 1_000;
+
 /// What stands in the place of what was redacted.
 fn stand_in(rule: &str) -> String {
     format!("[redacted:{rule}]")

@@ -181,6 +181,18 @@ impl Withheld {
         }
     }
 
+    /// How the response stood before input that is presumed to pass. Nothing is waited for any more then.
+    pub(super) fn presumed(&mut self) -> Option<Box<Before>> {
+        match self.segments.front()?.about {
+            About::Presumed(_) => {}
+            About::Input | About::Output(_) => return None,
+        }
+        match self.give_up() {
+            Some(About::Presumed(before)) => Some(before),
+            Some(About::Input | About::Output(_)) | None => None,
+        }
+    }
+
     /// The oldest thing that a verdict is waited for about; nothing is waited for any more, and what waited is dropped.
     pub(super) fn give_up(&mut self) -> Option<About> {
         let oldest = self.segments.pop_front();

@@ -2,15 +2,12 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use super::{Monitor as _, Policy, State, VERDICTS_MAX, Version, stand_in};
+use super::{Monitor as _, Policy, State, VERDICTS_AGAIN_MAX, VERDICTS_MAX, Version, stand_in};
 use crate::{
     event::{Action, Code, Error, Scope, Verdict},
     item::{Body, Item, ItemId, Part, Role},
     request::{ValidInput, ValidItem},
 };
-
-/// Verdicts on a history that are told.
-const VERDICTS_AGAIN_MAX: usize = 1_000;
 
 /// Input that the monitors let through, and what they found. Made by [`clear`] alone.
 #[derive(Debug)]

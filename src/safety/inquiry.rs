@@ -2,10 +2,11 @@
 
 use std::{ops::Range, sync::Arc};
 
-use futures::future::join_all;
+use futures::{StreamExt as _, stream};
 
 use super::{
-    Classifier, OnFailure, Passage, Policy, Question, Unjudged, VERDICTS_MAX, Version,
+    Classifier, OnFailure, Passage, Policy, Question, Unjudged, VERDICTS_AGAIN_MAX, VERDICTS_MAX,
+    Version,
     input::{document, scope},
 };
 use crate::{
@@ -200,7 +201,11 @@ pub struct Judgement {
     pub refusal: Option<Error>,
 }
 
-/// Asks all of these at once, and waits for all answers.
+/// Questions of one conversation that are asked at once. A long history that is asked about again waits for itself, so that
+/// its last questions are not late before they are asked.
+const ASKED_AT_ONCE: usize = 16;
+
+/// Asks all of these, and waits for all answers.
 ///
 /// # Cancellation
 ///
@@ -210,10 +215,12 @@ pub async fn judge(inquiries: Vec<Inquiry>, version: Version) -> Judgement {
         let labels = inquiry.classifier.judge(inquiry.question.clone()).await;
         (inquiry, labels)
     });
+    let mut answers = stream::iter(asked).buffered(ASKED_AT_ONCE);
     let mut judgement = Judgement::default();
-    for (inquiry, labels) in join_all(asked).await {
+    while let Some((inquiry, labels)) = answers.next().await {
         judgement.take(&inquiry, labels, &version);
     }
+    judgement.verdicts.truncate(VERDICTS_AGAIN_MAX);
     judgement
 }
 

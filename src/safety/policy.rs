@@ -301,7 +301,9 @@ impl Policy {
     pub fn output_bytes(&self) -> Option<usize> {
         let asked = self.asked(Scope::ModelOutput).iter();
         let asked = asked.chain(self.asked(Scope::Reasoning));
-        asked.map(|it| it.classifier.options().output_bytes).min()
+        let pieces = asked.map(|it| it.classifier.options().output_bytes);
+        // More than may be held back is never judged at once.
+        Some(pieces.min()?.min(self.hold_bytes_max))
     }
 
     /// How much of what stands before a text its classifiers are shown, at most.

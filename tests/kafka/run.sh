@@ -3,6 +3,8 @@
 # one port, and asks for a user over TLS on another. Needs java 17, mvn and openssl.
 #
 #   tests/kafka/run.sh
+#
+# Ends with 77 where it cannot be installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Before the broker needs the processor, and before only one certificate is trusted.
@@ -13,7 +15,7 @@ mkdir -p "$home"
 # Copied last, so that an installation that was broken off is begun anew.
 if ! cmp -s tests/kafka/pom.xml "$home/pom.xml"; then
     rm -rf "$home/lib"
-    mvn -q -B -f tests/kafka/pom.xml dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$home/lib"
+    mvn -q -B -f tests/kafka/pom.xml dependency:copy-dependencies -DincludeScope=runtime -DoutputDirectory="$home/lib" || exit 77
     cp tests/kafka/pom.xml "$home/pom.xml"
 fi
 

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt as _, future::BoxFuture};
 use hotloop::{
+    backend::BackendError,
     event::Scope,
     safety::{
         Choice, Classifier, ClassifierKind, ClassifierOptions, Classify, GateAt, GuardFormat,
@@ -346,6 +347,33 @@ async fn of_several_appends_only_what_does_not_pass_is_refused() {
     sample.says("fine");
     reads(&mut talk, "d r1 appended [fco2] applied N").await;
     assert!(talk.ends("a").await.contains("done completed stop"));
+    talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_breaks_meanwhile_is_asked_again_when_the_input_has_passed() {
+    let (mut house, mut talk, mut guard) = open(policy(input(Choice::Refuse)));
+    talk.create("a", held(with_tools(new([user("Go")]))));
+    guard.asked().await.passes();
+    house.sample().await.says(&called("{}"));
+    talk.ends("a").await;
+    talk.append("b", "r1", vec![output("c1", "done")]);
+    let asked = guard.asked().await;
+    let down = BackendError::Unavailable {
+        reason: "down".to_owned(),
+        retry_after: None,
+    };
+    house.sample().await.fails(down);
+    house.idle().await;
+    talk.silent().await;
+    asked.passes();
+    reads(&mut talk, "b r1 appended [fco1] applied N").await;
+    house.sample().await.says("fine");
+    let end = talk.ends("a").await;
+    assert!(
+        end.contains("done completed stop") && end.ends_with("in 2"),
+        "{end}"
+    );
     talk.bye().await;
 }
 
