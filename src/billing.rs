@@ -40,7 +40,7 @@ pub use journal::{Busy, Journal, JournalError, OpenError};
 pub use jsonl::Jsonl;
 pub use meter::Meter;
 pub use queue::{Billing, Change, Medium, MediumError};
-pub use record::{Counts, Record, Reservation, Served, Settlement, record_id};
+pub use record::{Counts, Record, Reservation, Served, Settlement, Tally, record_id};
 
 /// Keeps the usage of responses.
 pub trait Biller: Send + Sync + 'static {

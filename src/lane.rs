@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{BackendError, Chunks, Prompt},
     billing::{Counts, Full, Meter, Served, Settlement},
-    budget::{Purse, Spent},
+    budget::{Purse, Sampled, Spent},
     event::{Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage, now_ms},
     item::{ItemId, LaneName, RequestId, ResponseId},
     model::{Model, Models},
@@ -558,34 +558,25 @@ impl Driver<'_> {
         loop {
             let mut events = Vec::new();
             let begun = Instant::now();
-            let before = (open.usage(), open.open_calls().len());
+            let before = (open.usage(), open.calls_made());
             let ended = self.round(&mut open, &mut events).await;
-            if !matches!(ended, Err(Broken::Unbegun(_))) {
-                let (usage, calls) = (open.usage(), open.open_calls().len());
-                self.purse.settle_sample(
-                    millis(begun.elapsed()),
-                    calls.saturating_sub(before.1) as u64,
-                    (usage.cached_tokens - before.0.cached_tokens).into(),
-                    now_ms(),
-                );
+            if matches!(ended, Err(Broken::Unbegun(_))) && self.hand_over(&mut open) {
+                self.clock.mark(|timing| &mut timing.rendered);
+                let verdicts = open.take_verdicts().collect();
+                self.send(verdicts).await;
+                if self.afford(&mut open).is_err() {
+                    let end = End::Incomplete(IncompleteReason::Budget);
+                    return self.finish(open, end, events).await;
+                }
+                continue;
             }
+            self.settle_sample(&open, begun, before);
             let next = match ended {
                 Ok(end) => open.end_round(end, &mut events),
                 Err(Broken::Cancelled) => return self.cancelled(&open).await,
-                Err(Broken::Failed(error)) => return self.failed(open, error, events).await,
-                Err(Broken::Unbegun(error)) => match self.hand_over(&mut open) {
-                    true => {
-                        self.clock.mark(|timing| &mut timing.rendered);
-                        let verdicts = open.take_verdicts().collect();
-                        self.send(verdicts).await;
-                        if self.afford(&mut open).is_err() {
-                            let end = End::Incomplete(IncompleteReason::Budget);
-                            return self.finish(open, end, events).await;
-                        }
-                        continue;
-                    }
-                    false => return self.failed(open, error, events).await,
-                },
+                Err(Broken::Failed(error) | Broken::Unbegun(error)) => {
+                    return self.failed(open, error, events).await;
+                }
             };
             match next {
                 Next::Finish(end) => return self.finish(open, end, events).await,
@@ -648,11 +639,11 @@ impl Driver<'_> {
         );
         tracing::Span::current().record("model", &*next.name);
         // The other one may have other budgets.
-        self.purse.abandon();
-        self.purse = self.shared.wallet.begin(&next.name);
+        let purse = self.shared.wallet.begin(&next.name);
         let policy = self.policy(&next);
         match open.hand_over((next, policy), &self.shared.heads) {
             Ok(()) => {
+                self.purse.hand_over(purse);
                 if let Some(meter) = &mut self.meter {
                     meter.serve(served(open));
                 }
@@ -673,6 +664,7 @@ impl Driver<'_> {
     ) -> Result<RoundEnd, Broken> {
         let shared = self.shared;
         let backend = open.model().backend.clone();
+        let begun = Instant::now();
         let prompt = open.begin_round();
         let mut chunks: Chunks = backend.sample(prompt);
         self.clock.mark(|timing| &mut timing.dispatched);
@@ -729,7 +721,11 @@ impl Driver<'_> {
             let end = open.chunk(chunk, events);
             let sampled = open.usage().output_tokens - sampled;
             let free = self.purse.is_free();
-            let spent = !free && self.purse.output(sampled.into(), now_ms()).is_err();
+            let spent = !free && {
+                let took_ms = millis(begun.elapsed());
+                let paid = self.purse.output(sampled.into(), took_ms, now_ms());
+                paid.is_err()
+            };
             let counts = self.counts(open);
             if let Some(meter) = &mut self.meter {
                 meter.checkpoint(counts);
