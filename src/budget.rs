@@ -16,7 +16,7 @@
 //! where budgets are read anew while the process runs ([`Budgets::replace`]).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fmt,
     sync::{Arc, Weak},
 };
@@ -383,11 +383,14 @@ impl Budgets {
             }
             let window = budget.window(now_ms);
             let since = window * budget.window_ms();
-            if !known.contains_key(&since) {
-                known.insert(since, read(since)?);
-            }
-            let tallies = known.get(&since).into_iter().flatten();
-            for tally in tallies.filter(|it| budget.is_for(&it.tenant, &it.model)) {
+            let tallies = match known.entry(since) {
+                Entry::Occupied(found) => found.into_mut(),
+                Entry::Vacant(place) => place.insert(read(since)?),
+            };
+            for tally in tallies
+                .iter()
+                .filter(|it| budget.is_for(&it.tenant, &it.model))
+            {
                 let owners = Owners::new(&tally.tenant, &tally.key);
                 if let Some(owner) = owners.of(budget.options.per) {
                     let ledger = budget.ledgers.of(owner);
@@ -444,13 +447,16 @@ impl Owners {
     }
 }
 
+/// A stream's own ledger under a budget, which is known by where those of others stand.
+type Own = (Weak<Ledgers>, Arc<Mutex<Ledger>>);
+
 /// What the responses of one stream pay from.
 #[derive(Debug, Default)]
 pub struct Wallet {
     budgets: Arc<Budgets>,
     owners: Owners,
     /// What this stream used of the budgets that streams have of their own, for as long as there are those.
-    own: Mutex<Vec<(Weak<Ledgers>, Arc<Mutex<Ledger>>)>>,
+    own: Mutex<Vec<Own>>,
 }
 
 impl Wallet {

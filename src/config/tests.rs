@@ -507,3 +507,21 @@ fn sinks_of_usage_are_read_and_held_against_their_ranges() {
     let expected = "billing.export[0].name: there is nothing to export without billing.path";
     assert_eq!(sink("").set("billing.path=").error(), expected);
 }
+
+#[test]
+fn a_window_that_the_journal_does_not_cover_is_refused() {
+    let text = |billing: &str, per: &str| {
+        format!(
+            "[billing]\n{billing}retention_secs = 3600\n[[model]]\nname = \"a\"\n[model.sim]\n\
+             [[budget]]\nname = \"b\"\nper = \"{per}\"\nwindow_secs = 3601\ncalls_max = 1\n"
+        )
+    };
+    let journal = "path = \"usage.journal\"\n";
+    assert_eq!(
+        file(&text(journal, "key")).error(),
+        "budget[0]: window_secs 3601 is over billing.retention_secs 3600: a restart would not know what was used"
+    );
+    // Without a journal nothing is restored, and streams end with the process.
+    assert_eq!(file(&text("", "key")).load().budgets.len(), 1);
+    assert_eq!(file(&text(journal, "stream")).load().budgets.len(), 1);
+}
