@@ -44,7 +44,7 @@ pub use kafka::{Kafka, KafkaOptions, Login, Sasl};
 pub use meter::Meter;
 pub use postgres::{Postgres, UrlError};
 pub use queue::{Billing, Change, Medium, MediumError};
-pub use record::{Counts, Record, Reservation, Served, Settlement, record_id};
+pub use record::{Counts, Record, Reservation, Served, Settlement, Tally, record_id};
 
 /// Keeps the usage of responses.
 pub trait Biller: Send + Sync + 'static {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backend::{BackendError, Chunks, Prompt},
     billing::{Counts, Full, Meter, Served, Settlement},
-    budget::{Purse, Spent},
+    budget::{Purse, Sampled, Spent},
     event::{
         Code, Error, Event, IncompleteReason, SampleReport, Status, Timing, Usage, Verdict, now_ms,
     },
@@ -609,17 +609,17 @@ impl Driver<'_> {
         let (conclusion, events) = loop {
             let mut events = Vec::new();
             let ready = match self.sample(&mut open, &mut events).await {
-                Ok(Sampled::Not) => continue,
-                Ok(Sampled::Next(Next::Finish(end))) => break (Conclusion::Finish(end), events),
-                Ok(Sampled::Next(Next::Sample)) => {
+                Ok(Went::Nowhere) => continue,
+                Ok(Went::To(Next::Finish(end))) => break (Conclusion::Finish(end), events),
+                Ok(Went::To(Next::Sample)) => {
                     self.goes_on(&open, events).await;
                     Ok(Ready::Input)
                 }
-                Ok(Sampled::Next(Next::Await)) => {
+                Ok(Went::To(Next::Await)) => {
                     self.awaits(&mut open, events).await;
                     self.awaiting(&mut open).await
                 }
-                Ok(Sampled::TakenBack) => self.awaiting(&mut open).await,
+                Ok(Went::Back) => self.awaiting(&mut open).await,
                 Err(conclusion) => break (conclusion, events),
             };
             let prepared = match ready {
@@ -644,39 +644,23 @@ impl Driver<'_> {
         &mut self,
         open: &mut Open,
         events: &mut Vec<Event>,
-    ) -> Result<Sampled, Conclusion> {
+    ) -> Result<Went, Conclusion> {
         let begun = Instant::now();
-        let before = (open.usage(), open.open_calls().len());
+        let before = (open.usage(), open.calls_made());
         let ended = self.round(open, events).await;
-        if !matches!(ended, Err(Broken::Unbegun(_))) {
-            let (usage, calls) = (open.usage(), open.open_calls().len());
-            self.purse.settle_sample(
-                millis(begun.elapsed()),
-                calls.saturating_sub(before.1) as u64,
-                (usage.cached_tokens - before.0.cached_tokens).into(),
-                now_ms(),
-            );
-        } else if let Some(before) = self.withheld.presumed() {
-            // Another model takes over for what has passed.
-            self.purse.abandon();
-            open.unbegin_round();
-            self.unpresume(open, *before);
-            return Ok(Sampled::TakenBack);
-        } else if self.hand_over(open) {
-            self.clock.mark(|timing| &mut timing.rendered);
-            let verdicts = open.take_verdicts().collect();
-            self.send(verdicts).await;
-            if self.afford(open).is_ok() {
-                return Ok(Sampled::Not);
+        if matches!(ended, Err(Broken::Unbegun(_))) {
+            if let Some(before) = self.withheld.presumed() {
+                // Another model takes over for what has passed.
+                self.purse.abandon();
+                open.unbegin_round();
+                self.unpresume(open, *before);
+                return Ok(Went::Back);
             }
-            let end = End::Incomplete(IncompleteReason::Budget);
-            return match self.settle(Ok(RoundEnd::Spent), open, events).await {
-                Err(broken @ (Broken::Cancelled | Broken::Refused(_) | Broken::Presumed(_))) => {
-                    self.broken(broken, open)
-                }
-                Ok(_) | Err(Broken::Failed(_) | Broken::Unbegun(_)) => Err(Conclusion::Finish(end)),
-            };
+            if self.hand_over(open) {
+                return self.handed_over(open, events).await;
+            }
         }
+        self.settle_sample(open, begun, before);
         let mut ended = self.settle(ended, open, events).await;
         if let Ok(end @ (RoundEnd::Stop | RoundEnd::Boundary)) = ended
             && !self.unadmitted.is_empty()
@@ -687,20 +671,43 @@ impl Driver<'_> {
             ended = admitted.map_or_else(Stop::into_round, |()| Ok(end));
         }
         match ended {
-            Ok(end) => Ok(Sampled::Next(open.end_round(end, events))),
+            Ok(end) => Ok(Went::To(open.end_round(end, events))),
             Err(broken) => self.broken(broken, open),
         }
     }
 
+    /// Another model has taken over: it samples, if that is afforded.
+    async fn handed_over(
+        &mut self,
+        open: &mut Open,
+        events: &mut Vec<Event>,
+    ) -> Result<Went, Conclusion> {
+        self.clock.mark(|timing| &mut timing.rendered);
+        let verdicts = open.take_verdicts().collect();
+        self.send(verdicts).await;
+        if self.afford(open).is_ok() {
+            return Ok(Went::Nowhere);
+        }
+        match self.settle(Ok(RoundEnd::Spent), open, events).await {
+            Err(broken @ (Broken::Cancelled | Broken::Refused(_) | Broken::Presumed(_))) => {
+                self.broken(broken, open)
+            }
+            Ok(_) | Err(Broken::Failed(_) | Broken::Unbegun(_)) => {
+                let end = End::Incomplete(IncompleteReason::Budget);
+                Err(Conclusion::Finish(end))
+            }
+        }
+    }
+
     /// What comes after a sample that came to no end.
-    fn broken(&mut self, broken: Broken, open: &mut Open) -> Result<Sampled, Conclusion> {
+    fn broken(&mut self, broken: Broken, open: &mut Open) -> Result<Went, Conclusion> {
         match broken {
             Broken::Cancelled => Err(Conclusion::Cancelled),
             Broken::Failed(error) | Broken::Unbegun(error) => Err(Conclusion::Failed(error)),
             Broken::Refused(error) => Err(Conclusion::Refused(error)),
             Broken::Presumed(before) => {
                 self.unpresume(open, *before);
-                Ok(Sampled::TakenBack)
+                Ok(Went::Back)
             }
         }
     }
@@ -762,11 +769,11 @@ impl Driver<'_> {
         );
         tracing::Span::current().record("model", &*next.name);
         // The other one may have other budgets.
-        self.purse.abandon();
-        self.purse = self.shared.wallet.begin(&next.name);
+        let purse = self.shared.wallet.begin(&next.name);
         let policy = self.policy(&next);
         match open.hand_over((next, policy), &self.shared.heads) {
             Ok(()) => {
+                self.purse.hand_over(purse);
                 if let Some(meter) = &mut self.meter {
                     meter.serve(served(open));
                 }
@@ -789,6 +796,7 @@ impl Driver<'_> {
     ) -> Result<RoundEnd, Broken> {
         let shared = self.shared;
         let backend = open.model().backend.clone();
+        let begun = Instant::now();
         let prompt = open.begin_round();
         let mut chunks: Chunks = backend.sample(prompt);
         self.clock.mark(|timing| &mut timing.dispatched);
@@ -855,7 +863,11 @@ impl Driver<'_> {
             self.sampled_tokens = open.usage().output_tokens.into();
             let sampled = open.usage().output_tokens - sampled;
             let free = self.purse.is_free();
-            let spent = !free && self.purse.output(sampled.into(), now_ms()).is_err();
+            let spent = !free && {
+                let took_ms = millis(begun.elapsed());
+                let paid = self.purse.output(sampled.into(), took_ms, now_ms());
+                paid.is_err()
+            };
             let counts = self.counts(open);
             if let Some(meter) = &mut self.meter {
                 meter.checkpoint(counts);
@@ -978,13 +990,13 @@ fn well(model: Arc<Model>, models: &Models) -> Arc<Model> {
 }
 
 /// What came of a sample.
-enum Sampled {
+enum Went {
     /// It has ended, and this comes next.
-    Next(Next),
+    To(Next),
     /// Nothing was sampled: another model has taken over, and is ready.
-    Not,
-    /// Its input did not pass, and the response awaits another one.
-    TakenBack,
+    Nowhere,
+    /// Its input was taken back, and the response awaits it.
+    Back,
 }
 
 /// What is there for the next sample.

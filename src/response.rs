@@ -129,6 +129,8 @@ pub struct Open {
     /// The position that the next output item gets.
     output_index: u32,
     usage: Usage,
+    /// Calls that its samples made, answered or not.
+    calls_made: u64,
     /// Tokens of its prompts that were there before: on the ledger, or in the cache of heads.
     reused_tokens: u64,
     /// Tokens that were sampled before the sample in progress, or the last one.
@@ -405,6 +407,7 @@ impl Open {
             output_told: 0,
             output_index: 0,
             usage: Usage::default(),
+            calls_made: 0,
             reused_tokens: 0,
             sampled_before: 0,
             report: PromptReport::default(),
@@ -451,6 +454,12 @@ impl Open {
     #[must_use]
     pub fn usage(&self) -> Usage {
         self.usage
+    }
+
+    /// Calls that its samples made so far, answered or not.
+    #[must_use]
+    pub fn calls_made(&self) -> u64 {
+        self.calls_made
     }
 
     /// Tokens of its prompts that were there before.

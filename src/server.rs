@@ -19,6 +19,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     agent::DEFAULT_SERVER,
     auth::{AuthLayer, Gate},
+    budget::Budgets,
     config::{Config, ConfigError, LogFormat, Model},
     drain::Drain,
     model::Models,
@@ -29,7 +30,7 @@ use crate::{
 pub use accept::serve;
 
 /// Serves until the process is told to stop by SIGINT or SIGTERM, and lets streams finish. A second
-/// signal stops at once. At SIGHUP models, aliases and policies are taken from what `again` reads.
+/// signal stops at once. At SIGHUP models, aliases, policies, budgets and prices are taken from what `again` reads.
 ///
 /// # Errors
 ///
@@ -46,10 +47,12 @@ pub async fn run(
 
     let (health, routes) = health_and_reflection().await?;
     let mut loader = models::Loader::new(&config);
-    let models: Arc<Models> = Arc::new(loader.load(&config).await?.into());
-    let policies = Arc::new(compose::policies(&config)?);
-    let shared = (models.clone(), policies.clone());
-    let services = compose::services(&config, shared, &drain)?;
+    let current = Current {
+        models: Arc::new(loader.load(&config).await?.into()),
+        policies: Arc::new(compose::policies(&config)?),
+        budgets: Arc::new(Budgets::new(&config.budgets, &config.prices)),
+    };
+    let services = compose::services(&config, current.clone(), &drain)?;
     let routes = compose::mount(routes, services.clone(), config.server.message_bytes_max);
     let routes = behind(&gate, routes);
 
@@ -61,7 +64,7 @@ pub async fn run(
     warn_of_few_descriptors(config.server.connections_max);
 
     let stopping = tokio::spawn(signals.drain(health, drain.clone()));
-    let reloading = tokio::spawn(reload(hangups, loader, (models, policies), again));
+    let reloading = tokio::spawn(reload(hangups, loader, current, again));
     let served = serve(listener, routes, &config.server, drain).await;
     stopping.abort();
     reloading.abort();
@@ -229,12 +232,20 @@ impl Signals {
     }
 }
 
-/// Reads the models and policies anew at each signal. Where something is wrong with them, they stay as
-/// they are.
+/// What is in force, and replaced at SIGHUP.
+#[derive(Clone)]
+struct Current {
+    models: Arc<Models>,
+    policies: Arc<Policies>,
+    budgets: Arc<Budgets>,
+}
+
+/// Reads the models, policies and budgets anew at each signal. Where something is wrong with them, they stay
+/// as they are.
 async fn reload(
     mut hangups: Signal,
     mut loader: models::Loader,
-    (models, policies): (Arc<Models>, Arc<Policies>),
+    current: Current,
     again: impl Fn() -> Result<Config, ConfigError>,
 ) {
     while hangups.recv().await.is_some() {
@@ -254,8 +265,9 @@ async fn reload(
         };
         match loader.load(&config).await {
             Ok(catalog) => {
-                models.replace(catalog);
-                policies.replace(fresh);
+                current.models.replace(catalog);
+                current.policies.replace(fresh);
+                current.budgets.replace(&config.budgets, &config.prices);
                 let names: Vec<&str> = config.models.iter().map(|it| it.name.as_str()).collect();
                 tracing::info!(models = ?names, "the models were read anew");
             }

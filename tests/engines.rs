@@ -14,6 +14,8 @@ mod client;
 mod fake;
 #[path = "server/program.rs"]
 mod program;
+#[path = "support/shared.rs"]
+mod shared;
 #[path = "engines/tape.rs"]
 mod tape;
 

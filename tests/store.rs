@@ -5,8 +5,12 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::wildcard_enum_match_arm,
+    unreachable_pub,
     reason = "a conversation that cannot go on should panic"
 )]
+
+#[path = "support/shared.rs"]
+mod shared;
 
 mod store {
     mod memory;

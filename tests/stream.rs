@@ -9,6 +9,8 @@
     reason = "a script that cannot go on should panic; what a test crate has is its own"
 )]
 
+#[path = "support/shared.rs"]
+mod shared;
 #[path = "support/transcript.rs"]
 mod transcript;
 

@@ -9,15 +9,19 @@ use std::{
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, Transaction, params};
 
-use super::{Change, Counts, Durability, Medium, MediumError, Record, unique};
+use super::{Change, Counts, Durability, Medium, MediumError, Record, Tally, unique};
 
 /// What `PRAGMA user_version` says of a file that this program reads.
-const FORMAT: i64 = 1;
+const FORMAT: i64 = FORMATS.len() as i64;
 
 /// How long a statement waits for the lock of somebody who reads the file by hand.
 const BUSY_TIME_MAX: Duration = Duration::from_millis(500);
 
-const SCHEMA: &str = "
+/// What makes each format of the one before it: a new file goes through all of them, an older one through those
+/// that it lacks.
+const FORMATS: [&str; 2] = [FIRST, CALLS_TIME_COST];
+
+const FIRST: &str = "
     CREATE TABLE journal (id TEXT NOT NULL);
     CREATE TABLE records (
         id TEXT PRIMARY KEY,
@@ -58,9 +62,20 @@ const SCHEMA: &str = "
     ) WITHOUT ROWID;
 ";
 
+/// What budgets count beyond tokens, and an index in which all that they count stands in the order of those who used it:
+/// it is summed up without a look at the records, and without sorting.
+const CALLS_TIME_COST: &str = "
+    ALTER TABLE records ADD COLUMN calls INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE records ADD COLUMN sample_ms INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE records ADD COLUMN cost_nanos INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX settled ON records (
+        tenant, key, model_served, settled_at_ms, input_tokens, output_tokens, calls, sample_ms, cost_nanos
+    ) WHERE settled_at_ms IS NOT NULL;
+";
+
 const COLUMNS: &str = "id, response, tenant, key, session, model_asked, model_served, backend, \
     input_tokens, new_tokens, reused_tokens, cached_tokens, output_tokens, reasoning_tokens, \
-    delivered_tokens, samples, hosted_calls, stream_ms, end, reason, finish, price_book_version, \
+    delivered_tokens, samples, hosted_calls, calls, sample_ms, cost_nanos, stream_ms, end, reason, finish, price_book_version, \
     reserved_at_ms, settled_at_ms, number";
 
 /// A record that is settled is never changed: what is written twice is there once.
@@ -77,6 +92,9 @@ const UPSERT: &str = "
         delivered_tokens = excluded.delivered_tokens,
         samples = excluded.samples,
         hosted_calls = excluded.hosted_calls,
+        calls = excluded.calls,
+        sample_ms = excluded.sample_ms,
+        cost_nanos = excluded.cost_nanos,
         stream_ms = excluded.stream_ms,
         end = excluded.end,
         reason = excluded.reason,
@@ -182,6 +200,16 @@ impl Journal {
         &self.id
     }
 
+    /// What was settled since this time according to the journal in this file, together for each API key and model. What a
+    /// process before this one left open is among it once the journal was opened.
+    ///
+    /// # Errors
+    ///
+    /// [`JournalError`].
+    pub fn used_since(path: &Path, at_ms: u64) -> Result<Vec<Tally>, JournalError> {
+        Ok(Reading::open(path)?.used_since(at_ms)?)
+    }
+
     /// Settles what nobody will settle any more.
     fn interrupt(&mut self, at_ms: u64) -> rusqlite::Result<usize> {
         let transaction = self.connection.transaction()?;
@@ -212,7 +240,7 @@ impl Medium for Journal {
         {
             let sql = format!(
                 "INSERT INTO records ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, \
-                 ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25) {UPSERT}"
+                 ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25, ?26, ?27, ?28) {UPSERT}"
             );
             let mut put = transaction.prepare(&sql)?;
             for change in changes {
@@ -271,6 +299,39 @@ impl Reading {
         let sql = "SELECT upto FROM sinks WHERE name = ?1";
         let found = self.0.query_row(sql, [sink], |row| row.get(0)).optional()?;
         Ok(unsigned(found.unwrap_or(0)))
+    }
+
+    fn used_since(&self, at_ms: u64) -> rusqlite::Result<Vec<Tally>> {
+        // Sums of floating point, since one of integers fails where it does not fit.
+        let sum = |column| format!("CAST(total({column}) AS INTEGER) AS {column}");
+        let sums = [
+            "input_tokens",
+            "output_tokens",
+            "calls",
+            "sample_ms",
+            "cost_nanos",
+        ]
+        .map(sum)
+        .join(", ");
+        let sql = format!(
+            "SELECT tenant, key, model_served, {sums} FROM records INDEXED BY settled \
+             WHERE settled_at_ms >= ?1 GROUP BY tenant, key, model_served"
+        );
+        let mut query = self.0.prepare(&sql)?;
+        let tallies = query.query_map([signed(at_ms)], |row| {
+            let count = |column: &str| row.get(column).map(unsigned);
+            Ok(Tally {
+                tenant: row.get("tenant")?,
+                key: row.get("key")?,
+                model: row.get("model_served")?,
+                input_tokens: count("input_tokens")?,
+                output_tokens: count("output_tokens")?,
+                calls: count("calls")?,
+                sample_ms: count("sample_ms")?,
+                cost_nanos: count("cost_nanos")?,
+            })
+        })?;
+        tallies.collect()
     }
 
     /// Settled records behind this place, in order.
@@ -343,14 +404,21 @@ fn identity(connection: &mut Connection) -> Result<Arc<str>, JournalError> {
     let tables = "SELECT count(*) FROM sqlite_schema";
     let tables: i64 = transaction.query_row(tables, [], |row| row.get(0))?;
     let found: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    match (tables, found) {
-        (_, FORMAT) => {}
-        (0, 0) => {
-            transaction.execute_batch(SCHEMA)?;
-            transaction.execute("INSERT INTO journal VALUES (?1)", [unique("journal")])?;
-            transaction.pragma_update(None, "user_version", FORMAT)?;
-        }
-        (_, found) => return Err(JournalError::Format { found }),
+    let known = usize::try_from(found).ok();
+    let missing = known.and_then(|found| FORMATS.get(found..));
+    let missing = match (tables, found, missing) {
+        // Something that is no journal, or of a later version.
+        (1.., 0, _) | (_, _, None) => return Err(JournalError::Format { found }),
+        (_, _, Some(missing)) => missing,
+    };
+    for step in missing {
+        transaction.execute_batch(step)?;
+    }
+    if found == 0 {
+        transaction.execute("INSERT INTO journal VALUES (?1)", [unique("journal")])?;
+    }
+    if found < FORMAT {
+        transaction.pragma_update(None, "user_version", FORMAT)?;
     }
     let id: String = transaction.query_row("SELECT id FROM journal", [], |row| row.get(0))?;
     transaction.commit()?;
@@ -420,6 +488,9 @@ fn insert(
         signed(counts.delivered_tokens),
         signed(counts.samples),
         signed(counts.hosted_calls),
+        signed(counts.calls),
+        signed(counts.sample_ms),
+        signed(counts.cost_nanos),
         signed(record.stream_ms),
         record.end,
         record.reason,
@@ -453,6 +524,9 @@ fn numbered(row: &Row<'_>) -> rusqlite::Result<(u64, Record)> {
             delivered_tokens: count("delivered_tokens")?,
             samples: count("samples")?,
             hosted_calls: count("hosted_calls")?,
+            calls: count("calls")?,
+            sample_ms: count("sample_ms")?,
+            cost_nanos: count("cost_nanos")?,
         },
         stream_ms: count("stream_ms")?,
         end: row.get("end")?,

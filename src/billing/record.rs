@@ -59,10 +59,16 @@ pub struct Counts {
     pub samples: u64,
     /// Tools that the server ran.
     pub hosted_calls: u64,
+    /// Calls of tools that the model made.
+    pub calls: u64,
+    /// Milliseconds that samples took.
+    pub sample_ms: u64,
+    /// What it cost by the prices of the settings, in billionths of their currency.
+    pub cost_nanos: u64,
 }
 
 impl Counts {
-    /// Of what a response used, with the tokens of its prompts that were there before.
+    /// Of the tokens that a response used, with those of its prompts that were there before.
     #[must_use]
     pub fn new(usage: Usage, reused_tokens: u64, delivered_tokens: u64) -> Self {
         let input_tokens = u64::from(usage.input_tokens);
@@ -77,7 +83,7 @@ impl Counts {
             reasoning_tokens: usage.reasoning_tokens.into(),
             delivered_tokens,
             samples: usage.samples.into(),
-            hosted_calls: 0,
+            ..Self::default()
         }
     }
 
@@ -194,6 +200,20 @@ pub struct Record {
     pub reserved_at_ms: u64,
     /// When it was settled; `None` while it runs.
     pub settled_at_ms: Option<u64>,
+}
+
+/// What the settled responses of one API key on one model used together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "documented where a record has them")]
+pub struct Tally {
+    pub tenant: String,
+    pub key: String,
+    pub model: String,
+    pub input_tokens: u64,
+    pub output_tokens: u64,
+    pub calls: u64,
+    pub sample_ms: u64,
+    pub cost_nanos: u64,
 }
 
 /// The id of a response's record in this journal: whoever gets a record twice knows it by that.

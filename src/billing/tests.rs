@@ -34,7 +34,12 @@ pub(super) fn counts(output_tokens: u32) -> Counts {
         reasoning_tokens: 1,
         samples: 1,
     };
-    Counts::new(usage, 60, output_tokens.into())
+    Counts {
+        calls: 2,
+        sample_ms: 40,
+        cost_nanos: 7_000,
+        ..Counts::new(usage, 60, output_tokens.into())
+    }
 }
 
 pub(super) fn completed() -> Settlement {
@@ -421,6 +426,143 @@ fn a_file_that_is_no_journal_is_refused() {
     let connection = rusqlite::Connection::open(&path).unwrap();
     connection.execute_batch("CREATE TABLE x (y)").unwrap();
     let error = Journal::open(&path, Durability::Normal, 0).err().unwrap();
-    let expected = "the file is of format 0, and this program reads 1";
+    let expected = "the file is of format 0, and this program reads 2";
     assert_eq!(error.to_string(), expected);
+}
+
+/// A journal as the first format had it, with a record that is settled and one that is open.
+const OF_FORMAT_1: &str = "
+    CREATE TABLE journal (id TEXT NOT NULL);
+    INSERT INTO journal VALUES ('journal_1');
+    CREATE TABLE records (id TEXT PRIMARY KEY, response TEXT NOT NULL, tenant TEXT NOT NULL, key TEXT NOT NULL,
+        session TEXT NOT NULL, model_asked TEXT NOT NULL, model_served TEXT NOT NULL, backend TEXT NOT NULL,
+        input_tokens INTEGER NOT NULL, new_tokens INTEGER NOT NULL, reused_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, reasoning_tokens INTEGER NOT NULL,
+        delivered_tokens INTEGER NOT NULL, samples INTEGER NOT NULL, hosted_calls INTEGER NOT NULL,
+        stream_ms INTEGER NOT NULL, end TEXT NOT NULL, reason TEXT NOT NULL, finish TEXT NOT NULL,
+        price_book_version TEXT NOT NULL, reserved_at_ms INTEGER NOT NULL, settled_at_ms INTEGER,
+        number INTEGER UNIQUE) WITHOUT ROWID;
+    CREATE INDEX unsettled ON records (id) WHERE settled_at_ms IS NULL;
+    CREATE TABLE sinks (name TEXT PRIMARY KEY, upto INTEGER NOT NULL);
+    CREATE TABLE dead_letters (sink TEXT NOT NULL, number INTEGER NOT NULL, attempts INTEGER NOT NULL,
+        error TEXT NOT NULL, at_ms INTEGER NOT NULL, PRIMARY KEY (sink, number)) WITHOUT ROWID;
+    INSERT INTO records VALUES ('rec_a', 'resp_a', 'acme', 'key', 'sess', '', 'tiny', 'sim',
+        100, 40, 60, 30, 5, 1, 5, 1, 0, 3, 'completed', '', 'stop', '', 1, 10, 1);
+    INSERT INTO records VALUES ('rec_b', 'resp_b', 'acme', 'key', 'sess', '', 'tiny', 'sim',
+        100, 40, 60, 30, 7, 1, 7, 1, 0, 3, '', '', '', '', 2, NULL, NULL);
+    PRAGMA user_version = 1;
+";
+
+#[test]
+fn a_journal_of_the_first_format_is_brought_up() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let connection = rusqlite::Connection::open(&path).unwrap();
+    connection.execute_batch(OF_FORMAT_1).unwrap();
+    drop(connection);
+    for _ in 0..2 {
+        let mut journal = Journal::open(&path, Durability::Normal, 20).unwrap();
+        assert_eq!(&**journal.id(), "journal_1");
+        let new = Change::Record(Box::new(record("resp_c", 9, Some(30))));
+        journal.commit(&[new]).unwrap();
+    }
+    let records = Reading::open(&path).unwrap().after(0, 10).unwrap();
+    let seen: Vec<_> = records
+        .iter()
+        .map(|(_, it)| {
+            let Counts {
+                output_tokens,
+                calls,
+                sample_ms,
+                cost_nanos,
+                ..
+            } = it.counts;
+            (
+                &*it.response,
+                &*it.end,
+                [output_tokens, calls, sample_ms, cost_nanos],
+            )
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("resp_a", "completed", [5, 0, 0, 0]),
+            ("resp_b", "interrupted", [7, 0, 0, 0]),
+            ("resp_c", "completed", [9, 2, 40, 7_000]),
+        ]
+    );
+}
+
+#[test]
+fn a_journal_of_a_later_format_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    drop(Journal::open(&path, Durability::Normal, 0).unwrap());
+    let connection = rusqlite::Connection::open(&path).unwrap();
+    connection.pragma_update(None, "user_version", 3).unwrap();
+    let error = Journal::open(&path, Durability::Normal, 0).err().unwrap();
+    let expected = "the file is of format 3, and this program reads 2";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[test]
+fn what_was_used_since_a_time_is_summed_up_for_each_key_and_model() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = Journal::open(&path, Durability::Normal, 0).unwrap();
+    let put = |response: &str, key: &str, settled_at_ms| {
+        let record = Record {
+            key: key.into(),
+            ..record(response, 5, settled_at_ms)
+        };
+        Change::Record(Box::new(record))
+    };
+    let dear = Record {
+        counts: Counts {
+            cost_nanos: u64::MAX,
+            ..counts(1)
+        },
+        tenant: "zen".into(),
+        ..record("f", 1, Some(12))
+    };
+    let also_dear = Record {
+        id: "g".into(),
+        ..dear.clone()
+    };
+    let changes = [
+        put("a", "key", Some(9)),
+        put("b", "key", Some(10)),
+        put("c", "key", Some(11)),
+        put("d", "other", Some(11)),
+        put("e", "key", None),
+        Change::Record(Box::new(dear)),
+        Change::Record(Box::new(also_dear)),
+    ];
+    journal.commit(&changes).unwrap();
+    let tally = |key: &str, times: u64| Tally {
+        tenant: "acme".into(),
+        key: key.into(),
+        model: "tiny".into(),
+        input_tokens: 100 * times,
+        output_tokens: 5 * times,
+        calls: 2 * times,
+        sample_ms: 40 * times,
+        cost_nanos: 7_000 * times,
+    };
+    let zen = Tally {
+        tenant: "zen".into(),
+        output_tokens: 2,
+        // As much as the file can say.
+        cost_nanos: i64::MAX as u64,
+        ..tally("key", 2)
+    };
+    let used = |since| Journal::used_since(&path, since).unwrap();
+    assert_eq!(used(10), [tally("key", 2), tally("other", 1), zen.clone()]);
+    // The next process settles what was open.
+    drop(journal);
+    drop(Journal::open(&path, Durability::Normal, 50).unwrap());
+    assert_eq!(used(10), [tally("key", 3), tally("other", 1), zen]);
+    assert_eq!(used(50), [tally("key", 1)]);
+    assert_eq!(used(51), []);
 }

@@ -4,7 +4,9 @@ use std::ops::RangeInclusive;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::{backend::cerebras::CerebrasOptions, billing::Postgres, safety::ClassifierOptions};
+use crate::{
+    backend::cerebras::CerebrasOptions, billing::Postgres, budget::Per, safety::ClassifierOptions,
+};
 
 use super::{Alias, BillingExport, Config, ConfigError, ExportKind, Model, Sim};
 
@@ -272,6 +274,17 @@ impl Config {
                 .any(|other| other.name == budget.name)
             {
                 return conflict(format!("two budgets have the name {}", budget.name));
+            }
+            let retention_secs = self.billing.retention_secs;
+            if self.billing.path.is_some()
+                && budget.per != Per::Stream
+                && budget.window_secs > retention_secs
+            {
+                return conflict(format!(
+                    "budget[{index}]: window_secs {} is over billing.retention_secs {retention_secs}: \
+                     a restart would not know what was used",
+                    budget.window_secs
+                ));
             }
             let known = |name: &String| self.models.iter().any(|model| model.name == *name);
             if let Some(unknown) = budget.models.iter().find(|name| !known(name)) {

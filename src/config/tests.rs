@@ -629,3 +629,21 @@ fn a_database_for_usage_is_named_without_its_password() {
     let keyed = "postgres://usage@db.example/billing\"\nkey_variable = \"PGPASSWORD";
     assert_eq!(sink(keyed).error(), missing);
 }
+
+#[test]
+fn a_window_that_the_journal_does_not_cover_is_refused() {
+    let text = |billing: &str, per: &str| {
+        format!(
+            "[billing]\n{billing}retention_secs = 3600\n[[model]]\nname = \"a\"\n[model.sim]\n\
+             [[budget]]\nname = \"b\"\nper = \"{per}\"\nwindow_secs = 3601\ncalls_max = 1\n"
+        )
+    };
+    let journal = "path = \"usage.journal\"\n";
+    assert_eq!(
+        file(&text(journal, "key")).error(),
+        "budget[0]: window_secs 3601 is over billing.retention_secs 3600: a restart would not know what was used"
+    );
+    // Without a journal nothing is restored, and streams end with the process.
+    assert_eq!(file(&text("", "key")).load().budgets.len(), 1);
+    assert_eq!(file(&text(journal, "stream")).load().budgets.len(), 1);
+}

@@ -43,6 +43,20 @@ impl Driver<'_> {
         Ok(())
     }
 
+    /// The sample has ended that began then, when so much had been used.
+    pub(super) fn settle_sample(&mut self, open: &Open, begun: Instant, before: (Usage, u64)) {
+        let (usage, calls) = (open.usage(), open.calls_made());
+        let since = |of: fn(&Usage) -> u32| of(&usage).saturating_sub(of(&before.0)).into();
+        let sampled = Sampled {
+            took_ms: millis(begun.elapsed()),
+            calls: calls - before.1,
+            input_tokens: since(|it| it.input_tokens),
+            cached_tokens: since(|it| it.cached_tokens),
+            output_tokens: since(|it| it.output_tokens),
+        };
+        self.purse.settle_sample(sampled, now_ms());
+    }
+
     /// Room for the record of the response, without which it must not be sampled.
     pub(super) async fn reserve(
         &self,
@@ -62,7 +76,12 @@ impl Driver<'_> {
 
     /// What was used so far.
     pub(super) fn counts(&self, open: &Open) -> Counts {
-        Counts::new(open.usage(), open.reused_tokens(), self.delivered_tokens)
+        Counts {
+            calls: open.calls_made(),
+            sample_ms: self.purse.sample_ms(),
+            cost_nanos: self.purse.cost_nanos(),
+            ..Counts::new(open.usage(), open.reused_tokens(), self.delivered_tokens)
+        }
     }
 
     /// The events of all that was sampled are on their way, where somebody is there to get them.

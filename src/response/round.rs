@@ -488,6 +488,7 @@ impl Round {
         let Kind::Call { call_id, name, .. } = &building.kind else {
             return None;
         };
+        open.calls_made += 1;
         open.open_calls.push(OpenCall {
             call_id: call_id.clone(),
             name: name.clone(),

@@ -8,16 +8,16 @@ use std::{
 
 use tonic::service::Routes;
 
-use super::{Drain, ServeError};
+use super::{Current, Drain, ServeError};
 use crate::{
     archive::Archive,
     billing::{
-        Biller, Billing, CloudEvents, Export, Jsonl, Kafka, KafkaOptions, Logged, Login, OpenError,
-        Postgres,
+        Biller, Billing, CloudEvents, Export, Journal, Jsonl, Kafka, KafkaOptions, Logged, Login,
+        OpenError, Postgres,
     },
     budget::Budgets,
     config::{self, Config, ExportKind, Secrets},
-    model::Models,
+    event::now_ms,
     proto::{
         models_service_server::ModelsServiceServer,
         responses_service_server::ResponsesServiceServer,
@@ -30,10 +30,10 @@ use crate::{
     wire::RequestLimits,
 };
 
-/// Makes caches and services over these models.
+/// Makes caches and services over what is in force.
 pub(super) fn services(
     config: &Config,
-    (models, policies): (Arc<Models>, Arc<Policies>),
+    current: Current,
     drain: &Drain,
 ) -> Result<Services, ServeError> {
     let stream = &config.stream;
@@ -44,6 +44,11 @@ pub(super) fn services(
             * u64::from(cache.parked_share_per_tenant_percent),
         time_max: Duration::from_secs(cache.parked_secs_max),
     };
+    let Current {
+        models,
+        policies,
+        budgets,
+    } = current;
     let heads = Arc::new(Heads::new(cache.heads_bytes_max));
     let sessions = Sessions::new(parked);
     tokio::spawn(expire(Arc::downgrade(&sessions)));
@@ -57,12 +62,15 @@ pub(super) fn services(
             Archive::with_store(sessions, queue, models.clone(), heads.clone())
         }
     };
+    let biller = biller(&config.billing, &config.secrets)?;
+    // Behind the biller, which has settled what the last process left open.
+    restore(&budgets, config.billing.path.as_deref())?;
     Ok(Services::new(Parts {
         models,
         heads,
         archive,
-        biller: biller(&config.billing, &config.secrets)?,
-        budgets: Arc::new(Budgets::new(&config.budgets, &config.prices)),
+        biller,
+        budgets,
         policies,
         limits: stream.limits(),
         request_limits: RequestLimits {
@@ -170,6 +178,18 @@ fn kafka(export: &config::BillingExport, secrets: &Secrets) -> KafkaOptions {
         }),
         batch_time_max: Duration::from_secs(export.batch_secs_max),
     }
+}
+
+/// Charges budgets with what the journal knows of the windows that run.
+fn restore(budgets: &Budgets, journal: Option<&Path>) -> Result<(), ServeError> {
+    let Some(path) = journal else {
+        return Ok(());
+    };
+    let restored = budgets.restore(now_ms(), |since| Journal::used_since(path, since));
+    restored.map_err(|error| ServeError::Billing {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
 }
 
 /// How often what is parked for too long is looked for.

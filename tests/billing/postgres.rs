@@ -49,15 +49,17 @@ fn journal(path: PathBuf) -> (Vec<String>, Vec<Vec<String>>) {
     connection.busy_timeout(NEVER).unwrap();
     let sql = "SELECT * FROM records WHERE settled_at_ms IS NOT NULL ORDER BY id";
     let mut query = connection.prepare(sql).unwrap();
-    let mut columns: Vec<String> = query.column_names().map(Into::into).collect();
-    // The last one is a place in the order of this journal.
-    assert_eq!(columns.pop().unwrap(), "number");
+    let columns = query.column_names().map(String::from);
+    // A place in the order of this journal says nothing elsewhere.
+    let columns: Vec<String> = columns.filter(|column| column != "number").collect();
     let rows = query.query_map([], |row| {
-        let texts = (0..columns.len()).map(|column| match row.get_unwrap(column) {
-            Value::Text(text) => text,
-            Value::Integer(number) => number.to_string(),
-            other => panic!("{other:?}"),
-        });
+        let texts = columns
+            .iter()
+            .map(|column| match row.get_unwrap(&**column) {
+                Value::Text(text) => text,
+                Value::Integer(number) => number.to_string(),
+                other => panic!("{other:?}"),
+            });
         Ok(texts.collect())
     });
     let rows = rows.unwrap().map(Result::unwrap).collect();

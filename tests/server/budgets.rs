@@ -5,27 +5,13 @@ use std::time::{Duration, Instant};
 use hotloop::proto::{IncompleteReason, ResponseStatus};
 
 use crate::{
-    client::{Client, Round, after, held_rollout, hold, on, say, user},
-    program::{Program, Serve},
+    client::{Client, Round, Talk, after, held_rollout, hold, on, say, user},
+    program::{MODELS, Program, Serve},
 };
 
 const KEYS: &str = "acme:0123456789abcdef,zen:fedcba9876543210";
 const ACME: &str = "0123456789abcdef";
 const ZEN: &str = "fedcba9876543210";
-
-const MODELS: &str = r#"
-[[model]]
-name = "fast"
-default = true
-[model.sim]
-tokens_per_second = 0
-first_token_ms = 0
-[[model]]
-name = "paced"
-[model.sim]
-tokens_per_second = 200
-first_token_ms = 0
-"#;
 
 async fn serve(budgets: &str) -> (Program, Client) {
     let program = Serve::with_config(&format!("{MODELS}{budgets}")).keys(KEYS);
@@ -263,4 +249,118 @@ async fn samples_at_once_share_a_budget() {
     let bounds = 10_000 - 12 * 256..=10_000 + 12 * 31;
     assert!(bounds.contains(&sampled), "{sampled}, {ended:?}");
     assert!(ended[2] + ended[0] > 0, "{ended:?}");
+}
+
+async fn quota(talk: &mut Talk) -> String {
+    let request = talk.create(say("echo x")).await;
+    let error = talk.refusal(&request).await;
+    assert_eq!(error.code, "insufficient_quota");
+    error.message
+}
+
+/// What was used is in the journal, and the next process counts it.
+#[tokio::test]
+async fn what_was_used_is_used_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = format!(
+        r#"
+        [billing]
+        path = "{}/journal"
+        {MODELS}
+        [[price]]
+        model = "fast"
+        input = 0
+        output = 100
+        [[budget]]
+        name = "ever"
+        per = "tenant"
+        output_tokens_max = 20
+        [[budget]]
+        name = "own"
+        per = "stream"
+        output_tokens_max = 20
+        [[budget]]
+        name = "year"
+        per = "key"
+        window_secs = 2592000
+        tenants = ["zen"]
+        cost_max = 0.0015
+        "#,
+        dir.path().display()
+    );
+    let start = async || {
+        let program = Serve::with_config(&config).keys(KEYS).start().await;
+        let client = Client::of(&program).await;
+        (program, client)
+    };
+    let (mut program, client) = start().await;
+    for (key, output) in [(ACME, 20), (ZEN, 15)] {
+        let mut talk = client.with_key(key).stream().await;
+        let mut sampled = 0;
+        while sampled < output {
+            talk.create(say(LONG)).await;
+            sampled += output_tokens(&talk.round().await);
+        }
+        assert_eq!(sampled, output);
+        talk.close().await;
+    }
+    program.signal("TERM").await;
+    assert!(program.ends().await.success());
+
+    let (_program, client) = start().await;
+    let mut talk = client.with_key(ACME).stream().await;
+    assert_eq!(
+        quota(&mut talk).await,
+        "the budget `ever` is spent: output tokens"
+    );
+    talk.close().await;
+    let mut talk = client.with_key(ZEN).stream().await;
+    assert_eq!(quota(&mut talk).await, "the budget `year` is spent: cost");
+    talk.close().await;
+}
+
+/// Limits and prices change with a SIGHUP; what was used does not, and what is wrong changes nothing.
+#[tokio::test]
+async fn limits_change_while_it_runs_and_what_was_used_stays_used() {
+    let budget = |max: u32| {
+        format!(
+            "{MODELS}\n[[budget]]\nname = \"all\"\nper = \"tenant\"\noutput_tokens_max = {max}\n"
+        )
+    };
+    let program = Serve::with_config(&budget(10)).keys(KEYS).start().await;
+    let client = Client::of(&program).await;
+    let mut talk = client.with_key(ACME).stream().await;
+    talk.create(say(LONG)).await;
+    let cut = talk.round().await;
+    assert!(is_spent(&cut) && output_tokens(&cut) == 10);
+    let spent = "the budget `all` is spent: output tokens";
+    assert_eq!(quota(&mut talk).await, spent);
+
+    // On the stream that is open, too.
+    reconfigure(&program, &budget(16)).await;
+    program.says(&["the models were read anew"]).await;
+    talk.create(after(&cut.response_id, vec![user(LONG)])).await;
+    let round = talk.round().await;
+    assert!(
+        is_spent(&round) && output_tokens(&round) == 6,
+        "{:?}",
+        round.done
+    );
+
+    let wrong = budget(1000).replace(
+        "per = \"tenant\"",
+        "per = \"tenant\"\nmodels = [\"absent\"]",
+    );
+    reconfigure(&program, &wrong).await;
+    program
+        .says(&["models stay as they are", "no model has the name absent"])
+        .await;
+    assert_eq!(quota(&mut talk).await, spent);
+    talk.close().await;
+}
+
+/// Writes another configuration and has it read.
+async fn reconfigure(program: &Program, config: &str) {
+    std::fs::write(program.config(), config).unwrap();
+    program.signal("HUP").await;
 }

@@ -23,7 +23,7 @@ use tokio::{
 pub(crate) const NEVER: Duration = Duration::from_secs(40);
 
 /// Two simulated models: `fast`, the default, samples as fast as it can; `paced` takes its time.
-const MODELS: &str = r#"
+pub(crate) const MODELS: &str = r#"
 [[model]]
 name = "fast"
 default = true

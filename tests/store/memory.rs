@@ -13,7 +13,6 @@ use futures::StreamExt as _;
 use hotloop::{
     archive::Archive,
     backend::sim::{Pace, Sim},
-    billing::Account,
     event::{Code, Done, Event, PromptReport, RerenderReason, Usage},
     files::{BuiltIn, Files},
     item::{Body, Item, Part, RequestId, ResponseId, Role, Tenant, Tool, ToolKind},
@@ -25,7 +24,9 @@ use hotloop::{
     stream::{self, Command, Incoming, Outgoing, Shared},
 };
 use tempfile::TempDir;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
+
+use crate::shared::shared;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -136,7 +137,8 @@ impl Server {
     }
 
     fn stream(&self, tenant: &str) -> Client {
-        let (out, events) = stream::outgoing(&STREAM);
+        let archive = self.archive.clone();
+        let (shared, events) = shared(self.models.clone(), archive, tenant, STREAM);
         let (commands, inbound) = mpsc::channel(8);
         let held = Held::new(
             self.archive.sessions().clone(),
@@ -144,17 +146,9 @@ impl Server {
             self.responses_held_max,
         );
         let shared = Arc::new(Shared {
-            models: self.models.clone(),
             heads: self.heads.clone(),
             held,
-            wallet: hotloop::budget::Wallet::default(),
-            account: Account::logged(tenant.into()),
-            archive: self.archive.clone(),
-            policies: Arc::default(),
-            limits: STREAM,
-            slots: Arc::new(Semaphore::new(STREAM.sampling_max)),
-            out,
-            ends: stream::Ends::default(),
+            ..shared
         });
         let inbound = tokio_stream::wrappers::ReceiverStream::new(inbound);
         let run = stream::run(inbound, shared, std::future::pending());

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use hotloop::budget::{BudgetOptions, Per};
+
 use crate::transcript::{
     House, Plan, Talk, after, call, held, new, output, still, system, user, with_tools,
 };
@@ -540,5 +542,51 @@ async fn an_append_that_the_template_refuses_leaves_nothing() {
     sample.says(".");
     let end = talk.ends("q").await;
     assert!(end.starts_with("q r1 done completed stop"), "{end}");
+    talk.bye().await;
+}
+
+/// A budget of calls counts those that were made, also where they are answered before the sample has ended.
+#[tokio::test(start_paused = true)]
+async fn a_call_counts_however_early_it_is_answered() {
+    let mut house = House::new();
+    let calls = BudgetOptions {
+        name: "calls".into(),
+        per: Per::Tenant,
+        tenants: Vec::new(),
+        models: Vec::new(),
+        window_secs: 0,
+        input_tokens_max: 0,
+        output_tokens_max: 0,
+        calls_max: 2,
+        sample_secs_max: 0,
+        cost_max: 0.0,
+    };
+    house.budgets.replace(&[calls], &[]);
+    let mut talk = house.talk("acme");
+    talk.create("q", held(with_tools(new([user("Go")]))));
+    let sample = house.sample().await;
+    sample.writes(&format!("{}\n{}", call(1), call(2)));
+    talk.reads(
+        r#"
+        q r1 created sim
+        q r1 added 0: fc1 c1 step() …
+        q r1 arguments 0: {"n": 1}
+        q r1 item 0: fc1 c1 step({"n": 1})
+        q r1 added 1: fc2 c2 step() …
+        q r1 arguments 1: {"n": 2}
+        q r1 item 1: fc2 c2 step({"n": 2})
+        "#,
+    )
+    .await;
+    let outputs = vec![output("c1", "one"), output("c2", "two")];
+    talk.append("out", "r1", outputs);
+    talk.reads("out r1 appended [fco1 fco2] queued 22").await;
+    sample.says("");
+    // Two were made: the next sample is not begun.
+    assert!(talk.ends("q").await.contains("done incomplete (budget)"));
+    house.idle().await;
+    talk.create("next", new([user("More")]));
+    talk.reads("next error insufficient_quota, never: the budget `calls` is spent: calls")
+        .await;
     talk.bye().await;
 }

@@ -1,6 +1,7 @@
 //! Monitors: what is refused, replaced and told, in input and output, and when history is looked at.
 
 use hotloop::{
+    backend::BackendError,
     proto::{Create, Item},
     safety::{Choice, Policies, PolicyOptions, Rules, Scopes},
 };
@@ -482,4 +483,83 @@ async fn policies_are_of_tenants_and_the_strongest_action_holds() {
     .await;
     other.ends("a").await;
     other.bye().await;
+}
+
+/// The same for one model alone.
+fn of_model(model: &str, scopes: Scopes) -> PolicyOptions {
+    PolicyOptions {
+        models: vec![model.into()],
+        ..policy(scopes)
+    }
+}
+
+/// `sim` is down, and `other` takes over, of which these policies are.
+async fn down(policies: impl Into<Vec<PolicyOptions>>) -> (House, Talk) {
+    let (mut house, mut talk) = open(policies);
+    house.falls_back();
+    talk.create("a", held(new([user("my key is sk_12345678.")])));
+    let first = house.sample().await;
+    // The first one may see it.
+    assert!(first.text().contains("my key is sk_12345678."));
+    first.fails(BackendError::Unavailable {
+        reason: "down".to_owned(),
+        retry_after: None,
+    });
+    (house, talk)
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_takes_over_sees_what_its_own_policy_lets_through() {
+    let (mut house, mut talk) = down([of_model("other", input(Choice::Redact))]).await;
+    let second = house.sample().await;
+    assert!(second.text().contains("my key is [redacted:key]."));
+    assert!(!second.text().contains("sk_12345678"));
+    second.says("Thanks for sk_abcdefgh");
+    assert!(talk.ends("a").await.contains("done completed stop"));
+    // The conversation stays with it, and what was redacted stays so, back at the first model too.
+    talk.create("b", after("r1", [user("And?")]));
+    let third = house.sample().await;
+    assert!(third.text().contains("my key is [redacted:key]."));
+    third.says("Fine.");
+    assert!(talk.ends("b").await.contains("done completed stop"));
+    talk.create(
+        "c",
+        Create {
+            model: Some("sim".into()),
+            ..after("r2", [user("So?")])
+        },
+    );
+    let fourth = house.sample().await;
+    assert!(fourth.text().contains("my key is [redacted:key]."));
+    fourth.says("Yes.");
+    assert!(talk.ends("c").await.contains("done completed stop"));
+    talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_must_not_see_the_conversation_does_not_take_over() {
+    let (mut house, mut talk) = down([of_model("other", input(Choice::Refuse))]).await;
+    let end = talk.ends("a").await;
+    assert!(end.contains("done failed"), "{end}");
+    house.idle().await;
+    talk.bye().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn output_of_who_takes_over_is_checked_under_its_own_policy() {
+    let other = of_model("other", sampled(Choice::End));
+    let (mut house, mut talk) = down([of_model("sim", sampled(Choice::Observe)), other]).await;
+    house.sample().await.says("It is sk_abcdefgh, and so on");
+    let end = talk.ends("a").await;
+    assert!(
+        end.contains("done incomplete (content_filter) content_filter"),
+        "{end}"
+    );
+    let committed = house.find("acme", &talk.id("r1")).unwrap();
+    let kept = format!("{:?}", committed.batches);
+    assert!(
+        kept.contains("It is ") && !kept.contains("sk_abcdefgh"),
+        "{kept}"
+    );
+    talk.bye().await;
 }

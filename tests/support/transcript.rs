@@ -4,7 +4,7 @@
 //! the test expects of it, a checker holds it against what the protocol promises of every stream.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -16,10 +16,10 @@ use futures::{FutureExt as _, StreamExt as _, future::BoxFuture};
 use hotloop::{
     archive::Archive,
     backend::{Backend, BackendError, Capabilities, Chunk, Chunks, Prompt, SampleEnd},
-    billing::Account,
+    budget::Budgets,
     files::{BuiltIn, Files},
     item::{ResponseId, Tenant, TokenLogprob},
-    model::{Artifacts, Model, Models},
+    model::{Artifacts, Catalog, Model, Models},
     proto::{
         self, Append, Cancel, ConnectRequest, ConnectResponse, Create, Disposition, Done, Finish,
         FinishReason, FunctionCallOutput, FunctionTool, IncompleteReason, Item, ItemStatus,
@@ -31,7 +31,7 @@ use hotloop::{
     session::{Committed, Held, ParkedLimits, Sessions},
     stream::{self, Limits, Outgoing, Shared, StreamEnd},
     tokenizer::Encoded,
-    wire::{self, RequestLimits},
+    wire,
 };
 use regex::{Captures, Regex};
 use tokio::{
@@ -40,6 +40,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
+
+use crate::shared::{LIMITS, REQUEST_LIMITS, shared};
 
 /// The clock is paused: this passes at once, when nothing else can happen any more.
 const NEVER: Duration = Duration::from_millis(100);
@@ -54,6 +56,8 @@ pub struct House {
     models: Arc<Models>,
     heads: Arc<Heads>,
     pub policies: Arc<Policies>,
+    pub budgets: Arc<Budgets>,
+    model: Arc<Model>,
     samples: mpsc::UnboundedReceiver<Sample>,
     prefills: mpsc::UnboundedReceiver<Prefill>,
 }
@@ -89,7 +93,7 @@ impl House {
             Arc::new(Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap());
         let (sampled, samples) = mpsc::unbounded_channel();
         let (prefilled, prefills) = mpsc::unbounded_channel();
-        let model = Model {
+        let model = Arc::new(Model {
             name: "sim".into(),
             backend: Arc::new(Scripted {
                 artifacts: artifacts.clone(),
@@ -104,58 +108,54 @@ impl House {
             fallback: None,
             replicas: None,
             stand_in: false,
-        };
+        });
         Self {
-            limits: Limits {
-                age_max: Duration::from_secs(3_600),
-                go_away: Duration::from_secs(30),
-                lanes_max: 32,
-                sampling_max: 16,
-                waiting_max: 64,
-                held_time_max: Duration::from_secs(600),
-                send_time_max: Duration::from_secs(30),
-                events_queued_max: 64,
-                commands_queued_max: 64,
-            },
+            limits: LIMITS,
             responses_held_max: 1_000,
             sessions: Sessions::new(plan.parked),
-            models: Arc::new(Models::new(Arc::new(model), Vec::new())),
+            models: Arc::new(Models::new(model.clone(), Vec::new())),
             heads: Arc::new(Heads::new(1 << 20)),
             policies: Arc::default(),
+            budgets: Arc::default(),
+            model,
             samples,
             prefills,
         }
     }
 
+    /// From now on `sim` hands over to `other`, which the test plays too.
+    pub fn falls_back(&self) {
+        let model = |name: &str, fallback: Option<&str>| {
+            Arc::new(Model {
+                name: name.into(),
+                backend: self.model.backend.clone(),
+                artifacts: self.model.artifacts.clone(),
+                fallback: fallback.map(Into::into),
+                replicas: None,
+                ..*self.model
+            })
+        };
+        let others = vec![model("other", None)];
+        let catalog = Catalog::new(model("sim", Some("other")), others, BTreeMap::new());
+        self.models.replace(catalog);
+    }
+
     /// A client of this tenant opens a stream.
     pub fn talk(&self, tenant: &str) -> Talk {
-        let (out, outgoing) = stream::outgoing(&self.limits);
-        let slots = Arc::new(Semaphore::new(self.limits.sampling_max));
+        let archive = Archive::new(self.sessions.clone());
+        let (shared, outgoing) = shared(self.models.clone(), archive, tenant, self.limits);
+        let held = self.responses_held_max;
         let shared = Arc::new(Shared {
-            models: self.models.clone(),
             heads: self.heads.clone(),
-            held: Held::new(
-                self.sessions.clone(),
-                Tenant::from(tenant),
-                self.responses_held_max,
-            ),
-            archive: Archive::new(self.sessions.clone()),
-            wallet: hotloop::budget::Wallet::default(),
-            account: Account::logged(Tenant::from(tenant)),
+            held: Held::new(self.sessions.clone(), tenant.into(), held),
+            wallet: self.budgets.wallet(tenant, "key"),
             policies: self.policies.clone(),
-            limits: self.limits,
-            out,
-            slots: slots.clone(),
-            ends: stream::Ends::default(),
+            ..shared
         });
-        let request_limits = RequestLimits {
-            items_max: 4_096,
-            tools_max: 512,
-            item_bytes_max: 1 << 20,
-        };
+        let slots = shared.slots.clone();
         let (commands, inbound) = mpsc::channel(4_096);
         let inbound =
-            ReceiverStream::new(inbound).map(move |sent| wire::incoming(sent, &request_limits));
+            ReceiverStream::new(inbound).map(move |sent| wire::incoming(sent, &REQUEST_LIMITS));
         let (drain, drained) = oneshot::channel::<Instant>();
         let draining = drained.then(|cut| async move {
             match cut {

@@ -26,6 +26,9 @@ BEGIN
             delivered_tokens bigint NOT NULL,
             samples bigint NOT NULL,
             hosted_calls bigint NOT NULL,
+            calls bigint NOT NULL,
+            sample_ms bigint NOT NULL,
+            cost_nanos bigint NOT NULL,
             stream_ms bigint NOT NULL,
             -- `end` is a word of SQL's own.
             ended text NOT NULL,

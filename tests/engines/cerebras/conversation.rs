@@ -5,23 +5,23 @@ use std::{sync::Arc, time::Duration};
 use futures::StreamExt as _;
 use hotloop::{
     archive::Archive,
-    billing::Account,
     files::{BuiltIn, Files},
-    item::Tenant,
     model::{Artifacts, Model, Models},
     proto::{
-        self, ConnectRequest, Create, Done, FinishReason, FunctionCallOutput, FunctionTool, Item,
-        ResponseStatus, connect_request::Command, connect_response::Event, item,
+        self, ConnectRequest, Create, Done, FinishReason, FunctionCallOutput, FunctionTool,
+        IncompleteReason, Item, ResponseStatus, connect_request::Command, connect_response::Event,
+        item,
     },
-    render::Heads,
-    session::{Held, ParkedLimits, Sessions},
-    stream::{self, Limits, Outgoing, Shared},
-    wire::{self, RequestLimits},
+    safety::{Choice, Policies, PolicyOptions, Rules, Scopes},
+    session::{ParkedLimits, Sessions},
+    stream::{self, Outgoing, Shared},
+    wire,
 };
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::*;
+use crate::shared::{LIMITS, REQUEST_LIMITS, shared};
 
 struct Stream {
     commands: mpsc::Sender<ConnectRequest>,
@@ -29,18 +29,7 @@ struct Stream {
 }
 
 impl Stream {
-    fn open(backend: Cerebras) -> Self {
-        let limits = Limits {
-            age_max: Duration::from_secs(3_600),
-            go_away: Duration::from_secs(30),
-            lanes_max: 32,
-            sampling_max: 16,
-            waiting_max: 64,
-            held_time_max: Duration::from_secs(600),
-            send_time_max: Duration::from_secs(30),
-            events_queued_max: 64,
-            commands_queued_max: 64,
-        };
+    fn open(backend: Cerebras, policies: Policies) -> Self {
         let artifacts = Artifacts::load(&Files::BuiltIn(BuiltIn::SimAgent), None).unwrap();
         let model = Model {
             name: "model".into(),
@@ -58,28 +47,15 @@ impl Stream {
             tenant_bytes_max: 1 << 20,
             time_max: Duration::from_secs(600),
         });
-        let (out, outgoing) = stream::outgoing(&limits);
+        let models = Arc::new(Models::new(Arc::new(model), Vec::new()));
+        let (shared, outgoing) = shared(models, Archive::new(sessions), "tenant", LIMITS);
         let shared = Arc::new(Shared {
-            models: Arc::new(Models::new(Arc::new(model), Vec::new())),
-            heads: Arc::new(Heads::new(1 << 20)),
-            held: Held::new(sessions.clone(), Tenant::from("tenant"), 1_000),
-            archive: Archive::new(sessions),
-            wallet: hotloop::budget::Wallet::default(),
-            account: Account::logged(Tenant::from("tenant")),
-            policies: Arc::default(),
-            limits,
-            out,
-            slots: Arc::new(Semaphore::new(limits.sampling_max)),
-            ends: stream::Ends::default(),
+            policies: Arc::new(policies),
+            ..shared
         });
-        let request_limits = RequestLimits {
-            items_max: 4_096,
-            tools_max: 512,
-            item_bytes_max: 1 << 20,
-        };
         let (commands, inbound) = mpsc::channel(64);
         let inbound =
-            ReceiverStream::new(inbound).map(move |sent| wire::incoming(sent, &request_limits));
+            ReceiverStream::new(inbound).map(move |sent| wire::incoming(sent, &REQUEST_LIMITS));
         tokio::spawn(stream::run(inbound, shared, std::future::pending()));
         Self { commands, outgoing }
     }
@@ -124,7 +100,7 @@ async fn each_step_sends_what_was_and_what_is_new() {
         play([text("Found."), finish("stop"), usage()]),
     ])
     .await;
-    let mut stream = Stream::open(backend(&fake, ""));
+    let mut stream = Stream::open(backend(&fake, ""), Policies::default());
     let tool = FunctionTool {
         name: "look".into(),
         parameters: r#"{"type":"object","properties":{}}"#.into(),
@@ -187,4 +163,98 @@ async fn each_step_sends_what_was_and_what_is_new() {
     for same in ["tools", "prompt_cache_key", "model", "clear_thinking"] {
         assert_eq!(one.body[same], two.body[same], "{same}");
     }
+}
+
+/// Policies with these actions for what contains the word.
+fn policies(scopes: Scopes) -> Policies {
+    let rules = "version = 1\n[[rule]]\nid = \"word\"\nliterals = [\"nightfall\"]\n";
+    let options = PolicyOptions {
+        scopes,
+        ..PolicyOptions::default()
+    };
+    Policies::new(Rules::parse(rules).unwrap(), Vec::new(), vec![options]).unwrap()
+}
+
+fn says(text: &str) -> Create {
+    Create {
+        input: vec![item(item::Item::UserText(text.into()))],
+        include: vec!["output".into()],
+        ..Create::default()
+    }
+}
+
+#[tokio::test]
+async fn what_is_redacted_is_so_in_what_the_service_is_asked() {
+    let fake = Fake::new([
+        play([
+            text("As to night"),
+            text("fall: no."),
+            finish("stop"),
+            usage(),
+        ]),
+        play([text("Fine."), finish("stop"), usage()]),
+    ])
+    .await;
+    let redact = Scopes {
+        user_input: Choice::Redact,
+        model_output: Choice::Redact,
+        ..Scopes::default()
+    };
+    let mut stream = Stream::open(backend(&fake, ""), policies(redact));
+    let (first, done) = stream.create(says("What is nightfall?")).await;
+    assert_eq!(done.status(), ResponseStatus::Completed);
+    let (_, done) = stream
+        .create(Create {
+            previous_response_id: first,
+            ..says("Sure?")
+        })
+        .await;
+    assert_eq!(done.status(), ResponseStatus::Completed);
+
+    let [one, two] = fake.asked().try_into().ok().unwrap();
+    let mut messages = vec![json!({"role": "user", "content": "What is [redacted:word]?"})];
+    assert_eq!(one.body["messages"], Value::from(messages.clone()));
+    messages.extend([
+        json!({"role": "assistant", "content": "As to [redacted:word]: no."}),
+        json!({"role": "user", "content": "Sure?"}),
+    ]);
+    assert_eq!(two.body["messages"], Value::from(messages));
+}
+
+#[tokio::test]
+async fn what_is_refused_in_an_answer_ends_it_with_content_filter() {
+    let fake = Fake::new([
+        play([
+            text("As to night"),
+            text("fall: no."),
+            finish("stop"),
+            usage(),
+        ]),
+        play([text("Fine."), finish("stop"), usage()]),
+    ])
+    .await;
+    let refuse = Scopes {
+        model_output: Choice::Refuse,
+        ..Scopes::default()
+    };
+    let mut stream = Stream::open(backend(&fake, ""), policies(refuse));
+    let (first, done) = stream.create(says("What?")).await;
+    assert_eq!(done.status(), ResponseStatus::Incomplete);
+    assert_eq!(done.incomplete_reason(), IncompleteReason::ContentFilter);
+    assert_eq!(done.finish_reason(), FinishReason::ContentFilter);
+    // What was shown before it stays, and goes on.
+    let (_, done) = stream
+        .create(Create {
+            previous_response_id: first,
+            ..says("Sure?")
+        })
+        .await;
+    assert_eq!(done.status(), ResponseStatus::Completed);
+    let [_, two] = fake.asked().try_into().ok().unwrap();
+    let messages = json!([
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "As to "},
+        {"role": "user", "content": "Sure?"},
+    ]);
+    assert_eq!(two.body["messages"], messages);
 }
