@@ -50,7 +50,7 @@ const SERVERS: [(&str, &str); 7] = [
 #[derive(Parser)]
 struct Options {
     /// Steps of each server.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 600)]
     steps: usize,
     /// How long each rests between its steps, so that those that wait for nothing are measured, in microseconds.
     #[arg(long, default_value_t = 0)]

@@ -11,7 +11,7 @@
 
 mod support;
 
-use std::{hint::black_box, sync::Arc};
+use std::{hint::black_box, sync::Arc, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use hotloop::{
@@ -321,5 +321,12 @@ fn safety(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, rendering, encoding, answering, ledger, safety);
+criterion_group! {
+    name = benches;
+    // All benchmarks together are to take a quarter of an hour.
+    config = Criterion::default()
+        .warm_up_time(Duration::from_secs(1))
+        .measurement_time(Duration::from_secs(2));
+    targets = rendering, encoding, answering, ledger, safety
+}
 criterion_main!(benches);

@@ -25,6 +25,9 @@ use sha2::{Digest as _, Sha256};
 use crate::item::ItemId;
 pub use crate::tokenizer::Cut;
 
+/// How far apart the hash of a segment's tokens is kept.
+const HASH_TOKENS: usize = 4096;
+
 /// Where a run of tokens came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
@@ -82,6 +85,8 @@ struct Segment {
     /// The hash of all tokens up to this segment, and of those with it.
     hash_before: Sha256,
     hash_after: Sha256,
+    /// The hash at each [`HASH_TOKENS`] of it, so that a rope which ends inside of a long segment is hashed from nearby.
+    hashes: Box<[Sha256]>,
     /// Its ids as they were last written for an engine, in the first form that was asked for: as a
     /// rule a conversation stays with one kind of engine.
     encoded: OnceLock<Box<(IdForm, Bytes)>>,
@@ -247,7 +252,13 @@ impl Rope {
         }
         let hash_before = self.hash();
         let mut hash_after = hash_before.clone();
-        hash_ids(&mut hash_after, &draft.ids);
+        let mut hashes = Vec::new();
+        for ids in draft.ids.chunks(HASH_TOKENS) {
+            hash_ids(&mut hash_after, ids);
+            if ids.len() == HASH_TOKENS {
+                hashes.push(hash_after.clone());
+            }
+        }
         Self {
             bytes: self.bytes + draft.text.len(),
             tokens: self.tokens + draft.ids.len(),
@@ -262,6 +273,7 @@ impl Rope {
                 sampled_before: self.sampled_tokens(),
                 hash_before,
                 hash_after,
+                hashes: hashes.into(),
                 encoded: OnceLock::new(),
             })),
         }
@@ -579,8 +591,10 @@ impl Rope {
         if len == segment.ids.len() {
             return segment.hash_after.clone();
         }
-        let mut hash = segment.hash_before.clone();
-        hash_ids(&mut hash, &segment.ids[..len]);
+        let known = len / HASH_TOKENS;
+        let last = known.checked_sub(1).and_then(|at| segment.hashes.get(at));
+        let mut hash = last.unwrap_or(&segment.hash_before).clone();
+        hash_ids(&mut hash, &segment.ids[known * HASH_TOKENS..len]);
         hash
     }
 
@@ -614,6 +628,7 @@ impl Segment {
             + size_of_val(&*self.cuts)
             + size_of_val(&*self.untrusted)
             + size_of_val(&*self.spans)
+            + size_of_val(&*self.hashes)
             + self.encoded.get().map_or(0, |kept| kept.1.len())
     }
 }
@@ -752,6 +767,40 @@ mod tests {
 
     fn text_of(rope: &Rope) -> String {
         rope.slices().iter().map(|slice| slice.text).collect()
+    }
+
+    #[test]
+    fn a_rope_that_ends_inside_of_a_long_segment_has_the_fingerprint_of_its_tokens() {
+        let mut ids: Vec<u32> = (7..17).collect();
+        let short = Draft {
+            text: "s".repeat(ids.len()),
+            ids: ids.clone(),
+            ..Draft::default()
+        };
+        let fresh: Vec<u32> = (0..3 * HASH_TOKENS as u32 + 5).collect();
+        ids.extend(&fresh);
+        let long = Draft {
+            text: "l".repeat(fresh.len()),
+            ids: fresh,
+            ..Draft::default()
+        };
+        let rope = Rope::default().with_rendered(short).with_sampled(long);
+        for at in [9, 10, 11, HASH_TOKENS, 2 * HASH_TOKENS]
+            .into_iter()
+            .chain([
+                HASH_TOKENS + 9,
+                HASH_TOKENS + 10,
+                HASH_TOKENS + 11,
+                3 * HASH_TOKENS + 10,
+                ids.len(),
+            ])
+        {
+            let cut = rope.truncated(Boundary {
+                byte: at,
+                token: at,
+            });
+            assert_eq!(cut.fingerprint(), fingerprint(&ids[..at]), "{at}");
+        }
     }
 
     #[test]

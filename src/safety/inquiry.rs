@@ -38,6 +38,8 @@ pub struct Document {
     pub text: Arc<str>,
     /// The field that it came in; empty for output.
     pub field: String,
+    /// Of output, where it stands in the prompt and its sample.
+    pub tokens: Option<Range<usize>>,
 }
 
 impl Document {
@@ -50,6 +52,7 @@ impl Document {
             start: 0,
             text: document(&item.body),
             field,
+            tokens: None,
         }
     }
 }
@@ -63,6 +66,7 @@ pub struct Inquiry {
     field: String,
     /// Of the item's text.
     bytes: Range<usize>,
+    tokens: Option<Range<usize>>,
     question: Question,
 }
 
@@ -130,6 +134,7 @@ impl Asking {
                         item_id: document.item_id.clone(),
                         field: document.field.clone(),
                         bytes: at + bytes.start..at + bytes.end,
+                        tokens: document.tokens.clone(),
                         question: Question {
                             tenant: self.tenant.clone(),
                             model: self.model.clone(),
@@ -249,7 +254,7 @@ impl Judgement {
             bytes: bytes.map_or(inquiry.bytes.clone(), |bytes| {
                 inquiry.bytes.start + bytes.start..inquiry.bytes.start + bytes.end
             }),
-            tokens: None,
+            tokens: inquiry.tokens.clone(),
             late: false,
             score,
         };

@@ -506,7 +506,7 @@ async fn output_is_told_piece_by_piece_and_ends_before_what_does_not_pass() {
             &format!(
                 "
                 a r1 item 0: msg1 Assistant \"{first}\" INCOMPLETE
-                a r1 ended guard.spam in msg1 64..85 0.75
+                a r1 ended guard.spam in msg1 64..85 tokens N 0.75
                 a r1 done incomplete (content_filter) content_filter items [msg1] sampled N in 1
                 "
             ),
@@ -537,7 +537,7 @@ async fn a_call_that_does_not_pass_was_never_made() {
         &mut talk,
         "
         a r1 created sim
-        a r1 ended guard.destruction in fc1 0..13 0.75
+        a r1 ended guard.destruction in fc1 0..13 tokens N 0.75
         a r1 done incomplete (content_filter) content_filter items [] sampled N in 1
         ",
     )
@@ -607,7 +607,7 @@ async fn what_is_observed_is_told_when_it_is_known_and_nothing_waits() {
         a r1 text 1: \"fine\"
         a r1 item 1: msg1 Assistant \"fine\"
         a r1 observed guard.spam in msg2 0..2 0.75
-        a r1 observed guard.rm in fc1 0..2 0.75
+        a r1 observed guard.rm in fc1 0..2 tokens N 0.75
         a r1 done completed stop items [fc1 msg1] sampled N in 2
         ",
     )
@@ -677,7 +677,7 @@ async fn a_classifier_that_fails_lets_pass_or_not_as_it_is_configured() {
         &mut talk,
         "
         a r1 created sim
-        a r1 ended guard.unavailable in msg1 0..2
+        a r1 ended guard.unavailable in msg1 0..2 tokens N
         a r1 done incomplete (content_filter) content_filter items [] sampled N in 1
         ",
     )

@@ -13,6 +13,8 @@ pub(super) struct Unasked {
     /// By item, in order.
     texts: Vec<Text>,
     bytes: usize,
+    /// How many tokens were sampled before it.
+    tokens: usize,
     /// Where it begins.
     mark: Mark,
 }
@@ -106,12 +108,18 @@ impl Round {
     pub(in crate::response) fn take_unasked(&mut self, open_calls: usize) -> (Vec<Document>, Mark) {
         let texts = std::mem::take(&mut self.unasked.texts);
         self.unasked.bytes = 0;
+        let sampled = self.draft.ids.len();
+        let sampled = std::mem::replace(&mut self.unasked.tokens, sampled)..sampled;
+        // An engine that tells items tells no tokens.
+        let tokens = (!sampled.is_empty())
+            .then(|| self.first_token + sampled.start..self.first_token + sampled.end);
         let documents = texts.into_iter().map(|it| Document {
             item_id: it.item_id,
             scope: it.scope,
             start: it.start,
             text: it.text.into(),
             field: String::new(),
+            tokens: tokens.clone(),
         });
         let mark = self.mark(open_calls);
         let began = std::mem::replace(&mut self.unasked.mark, mark);
