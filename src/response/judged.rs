@@ -200,11 +200,11 @@ impl Open {
 
     /// Output that is to be judged now: enough of it, or, with `all`, what there is.
     pub fn piece(&mut self, all: bool) -> Option<Piece> {
-        let asking = self.asking()?;
-        let round = self.round.as_mut()?;
-        if !all && !round.asks() {
+        if !all && !self.round.as_ref()?.asks() {
             return None;
         }
+        let asking = self.asking()?;
+        let round = self.round.as_mut()?;
         let (documents, mark) = round.take_unasked(self.open_calls.len());
         if documents.is_empty() {
             return None;

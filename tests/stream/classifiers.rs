@@ -11,12 +11,12 @@ use hotloop::{
         Label, OnFailure, Passage, Policies, PolicyOptions, Question, Rules, Scopes, Unjudged,
     },
 };
-use regex::Regex;
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
 
+use crate::safety::{OFF, called, input, reads};
 use crate::transcript::{House, Plan, Talk, after, held, new, output, still, user, with_tools};
 
 /// A classifier that the test plays.
@@ -117,21 +117,6 @@ fn options(name: &str) -> ClassifierOptions {
     }
 }
 
-const OFF: Scopes = Scopes {
-    user_input: Choice::Off,
-    tool_output: Choice::Off,
-    model_output: Choice::Off,
-    reasoning: Choice::Off,
-};
-
-fn input(choice: Choice) -> Scopes {
-    Scopes {
-        user_input: choice,
-        tool_output: choice,
-        ..OFF
-    }
-}
-
 fn sampled(choice: Choice) -> Scopes {
     Scopes {
         model_output: choice,
@@ -161,28 +146,6 @@ fn open(policy: PolicyOptions) -> (House, Talk, Guard) {
     let guard = set(&house, options("guard"), policy);
     let talk = house.talk("acme");
     (house, talk, guard)
-}
-
-fn called(arguments: &str) -> String {
-    format!("<tool_call>\n{{\"name\": \"step\", \"arguments\": {arguments}}}\n</tool_call>")
-}
-
-/// Reads these lines, with `N` for counts of tokens and `VERSION` for that of a policy.
-async fn reads(talk: &mut Talk, expected: &str) {
-    let counts = Regex::new(r"\b(sampled|tokens|applied|queued) [1-9]\d*").unwrap();
-    let versions = Regex::new("policy [0-9a-f]{16}").unwrap();
-    let expected: Vec<&str> = expected.trim().lines().map(str::trim).collect();
-    let mut read = Vec::new();
-    for _ in &expected {
-        let line = talk.line().await;
-        let line = counts.replace_all(line.trim_end(), "$1 N");
-        read.push(versions.replace_all(&line, "policy VERSION").into_owned());
-    }
-    let (read, expected) = (read.join("\n"), expected.join("\n"));
-    assert!(
-        read == expected,
-        "\n--- read ---\n{read}\n--- expected ---\n{expected}\n"
-    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -24,13 +24,13 @@ const RULES: &str = r#"
 "#;
 
 /// What a model writes to call `step`.
-fn called(arguments: &str) -> String {
+pub fn called(arguments: &str) -> String {
     format!("<tool_call>\n{{\"name\": \"step\", \"arguments\": {arguments}}}\n</tool_call>")
 }
 
 /// Reads these lines, with `N` for counts of tokens and `VERSION` for that of a policy.
-async fn reads(talk: &mut Talk, expected: &str) {
-    let counts = Regex::new(r"\b(sampled|tokens|applied) [1-9]\d*").unwrap();
+pub async fn reads(talk: &mut Talk, expected: &str) {
+    let counts = Regex::new(r"\b(sampled|tokens|applied|queued) [1-9]\d*").unwrap();
     let versions = Regex::new("policy [0-9a-f]{16}").unwrap();
     let expected: Vec<&str> = expected.trim().lines().map(str::trim).collect();
     let mut read = Vec::new();
@@ -46,14 +46,14 @@ async fn reads(talk: &mut Talk, expected: &str) {
     );
 }
 
-const OFF: Scopes = Scopes {
+pub const OFF: Scopes = Scopes {
     user_input: Choice::Off,
     tool_output: Choice::Off,
     model_output: Choice::Off,
     reasoning: Choice::Off,
 };
 
-fn input(choice: Choice) -> Scopes {
+pub fn input(choice: Choice) -> Scopes {
     Scopes {
         user_input: choice,
         tool_output: choice,
