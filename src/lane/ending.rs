@@ -151,7 +151,7 @@ impl Driver<'_> {
     }
 
     pub(super) fn cancelled_by(&self) -> RequestId {
-        let asked = self.stops.cancel.request_id.get();
+        let asked = self.stops.cancel.asked_by();
         asked
             .filter(|id| !id.as_str().is_empty())
             .unwrap_or(&self.request_id)

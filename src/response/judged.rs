@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Open, RoundEnd, Waiting};
+use super::{Open, RoundEnd, early::Waiting};
 use crate::{
     event::{Error, Event, PromptReport, RerenderReason},
     item::Item,
