@@ -30,6 +30,12 @@ use crate::{
     request::Settings,
 };
 
+/// Chooses what TLS is computed with, for every client that is made from here on.
+pub(crate) fn choose_cryptography() {
+    // Whoever was first has chosen: that is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
 /// The answer to a prompt: chunks until the sample ends. Dropping it cancels the sample.
 pub type Chunks = Pin<Box<dyn Stream<Item = Result<Chunk, BackendError>> + Send>>;
 

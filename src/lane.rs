@@ -129,7 +129,7 @@ async fn drive(job: Job, shared: &Shared) {
         id,
         lane,
         request_id,
-        mut create,
+        create,
         parent,
         read_at,
         created_at_ms,
@@ -165,96 +165,35 @@ async fn drive(job: Job, shared: &Shared) {
         found: Vec::new(),
         told: false,
     };
-    let parent = match driver.wait(&before, parent).await {
-        Ok(Ok(parent)) => parent,
-        Ok(Err(error)) => {
+    match driver.wait(&before, parent).await {
+        Ok(parent) => {
+            drop(waiting);
+            driver.serve(create, parent, created_at_ms).await;
+        }
+        Err(unbegun) => {
             turn.give_up(&before);
-            driver.refuse(error).await;
-            return driver.close().await;
+            driver.unbegun(unbegun).await;
         }
-        Err(stop) => {
-            turn.give_up(&before);
-            driver.stopped_early(stop).await;
-            return driver.close().await;
-        }
-    };
-    drop(waiting);
-    driver.clock.mark(|timing| &mut timing.started);
-    let previous = create.previous.clone();
-    let prepare_only = create.prepare_only;
-    let asked = create.settings.model.clone().unwrap_or_default();
-    let begun = driver.begin(&mut create, parent, created_at_ms).await;
-    let mut open = match begun {
-        Ok(open) => open,
-        Err(error) => {
-            driver.refuse(error).await;
-            return driver.close().await;
-        }
-    };
-    // Nothing waits for a warm-up, so it waits for all that is said.
-    let waits = prepare_only
-        || open
-            .policy()
-            .is_some_and(|it| it.gate() == GateAt::Sampling);
-    if waits {
-        match driver.input_judged().await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                driver.refuse(error).await;
-                return driver.close().await;
-            }
-            Err(stop) => {
-                driver.stopped_early(stop).await;
-                return driver.close().await;
-            }
-        }
-    }
-    driver.purse = driver.shared.wallet.begin(&open.model().name);
-    if !prepare_only && let Err(spent) = driver.afford(&mut open) {
-        driver.refuse(quota(&spent)).await;
-        return driver.close().await;
-    }
-    match driver.reserve(&open, asked).await {
-        Ok(Ok(meter)) => driver.meter = Some(meter),
-        Ok(Err(Full)) => {
-            driver.purse.abandon();
-            let error = Error::new(Code::RateLimitExceeded, Full.to_string());
-            let retry_after = Some(RECORD_RETRY);
-            driver
-                .refuse(Error {
-                    retry_after,
-                    ..error
-                })
-                .await;
-            return driver.close().await;
-        }
-        Err(stop) => {
-            driver.purse.abandon();
-            driver.stopped_early(stop).await;
-            return driver.close().await;
-        }
-    }
-    tracing::Span::current().record("model", &*open.model().name);
-    let created = Event::Created {
-        model: open.model().name.clone(),
-        previous,
-        created_at_ms,
-    };
-    let found = open.take_verdicts().chain(driver.found());
-    let events = std::iter::once(created).chain(found).collect();
-    driver.send(events).await;
-    if prepare_only {
-        match driver.warm_up(&open).await {
-            Some(Stop::Cancelled) => driver.cancelled(&open).await,
-            // What was prepared stays prepared.
-            None | Some(Stop::Interrupted | Stop::Gone) => {
-                driver.finish(open, End::Completed, Vec::new()).await;
-            }
-        }
-    } else {
-        driver.rounds(open).await;
     }
     driver.close().await;
+}
+
+/// Why a response did not begin.
+enum Unbegun {
+    Refused(Box<Error>),
+    Stopped(Stop),
+}
+
+impl From<Error> for Unbegun {
+    fn from(error: Error) -> Self {
+        Self::Refused(Box::new(error))
+    }
+}
+
+impl From<Stop> for Unbegun {
+    fn from(stop: Stop) -> Self {
+        Self::Stopped(stop)
+    }
 }
 
 /// Why a response stops from outside.
@@ -345,6 +284,14 @@ struct Driver<'a> {
     found: Vec<Event>,
     /// Something of the response was told.
     told: bool,
+}
+
+/// A create that there is no room to record.
+fn unrecorded(full: &Full) -> Error {
+    Error {
+        retry_after: Some(RECORD_RETRY),
+        ..Error::new(Code::RateLimitExceeded, full.to_string())
+    }
 }
 
 /// A create that no budget has anything left for.

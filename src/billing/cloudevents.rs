@@ -4,10 +4,8 @@ use std::{io, time::Duration};
 
 use serde::Serialize;
 
-use super::{
-    Exporter, Record,
-    export::{OwnRuntime, choose_cryptography},
-};
+use super::{Exporter, Record, export::OwnRuntime};
+use crate::backend::choose_cryptography;
 
 /// The type of the events.
 pub(super) const TYPE: &str = "hotloop.usage.record.v1";

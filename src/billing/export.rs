@@ -14,6 +14,8 @@ use super::{
     queue::{Behind, Ended},
 };
 
+use crate::backend::choose_cryptography;
+
 /// Records that are handed over at once, at most.
 const BATCH_MAX: usize = 256;
 
@@ -73,11 +75,6 @@ impl OwnRuntime {
 pub(super) fn trusting() -> std::io::Result<ClientConfig> {
     choose_cryptography();
     ClientConfig::with_platform_verifier().map_err(std::io::Error::other)
-}
-
-pub(super) fn choose_cryptography() {
-    // Whoever was first has chosen: that is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// What became of a batch.

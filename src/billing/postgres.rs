@@ -13,8 +13,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     Exporter, Record,
-    export::{OwnRuntime, choose_cryptography, trusting},
+    export::{OwnRuntime, trusting},
 };
+use crate::backend::choose_cryptography;
 
 /// What `hotloop_usage_format` says of a table that this program writes.
 const FORMAT: i32 = 1;

@@ -78,11 +78,15 @@ impl Config {
         if earlier.iter().any(|other| other.name == classifier.name) {
             return Err("name is that of one before it".to_owned());
         }
-        let variable = &classifier.key_variable;
-        if !variable.is_empty() && self.secrets.get(variable).is_none() {
-            return Err(format!("key_variable: the environment has no {variable}"));
+        self.check_key(&classifier.key_variable)
+    }
+
+    /// The environment has the key that is to be in this variable, where one is named.
+    fn check_key(&self, variable: &str) -> Result<(), String> {
+        match variable.is_empty() || self.secrets.get(variable).is_some() {
+            true => Ok(()),
+            false => Err(format!("key_variable: the environment has no {variable}")),
         }
-        Ok(())
     }
 
     fn check_export(&self, index: usize, export: &BillingExport) -> Result<(), String> {
@@ -113,12 +117,7 @@ impl Config {
             ExportKind::Kafka => check_kafka(export)?,
             ExportKind::Jsonl | ExportKind::CloudEvents => {}
         }
-        if !export.key_variable.is_empty() && self.secrets.get(&export.key_variable).is_none() {
-            return Err(format!(
-                "key_variable: the environment has no {}",
-                export.key_variable
-            ));
-        }
+        self.check_key(&export.key_variable)?;
         let same = |other: &BillingExport| {
             (&other.path, &other.url) == (&export.path, &export.url)
                 && (&other.brokers, &other.topic) == (&export.brokers, &export.topic)

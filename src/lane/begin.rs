@@ -3,46 +3,104 @@
 use super::*;
 
 impl Driver<'_> {
+    /// Runs the response to its end, now that its turn has come.
+    pub(super) async fn serve(
+        &mut self,
+        mut create: Create,
+        parent: Option<Arc<Committed>>,
+        created_at_ms: u64,
+    ) {
+        self.clock.mark(|timing| &mut timing.started);
+        let mut open = match self.start(&mut create, parent, created_at_ms).await {
+            Ok(open) => open,
+            Err(unbegun) => return self.unbegun(unbegun).await,
+        };
+        tracing::Span::current().record("model", &*open.model().name);
+        let created = Event::Created {
+            model: open.model().name.clone(),
+            previous: create.previous.take(),
+            created_at_ms,
+        };
+        let found = open.take_verdicts().chain(self.found());
+        let events = std::iter::once(created).chain(found).collect();
+        self.send(events).await;
+        if !create.prepare_only {
+            return self.rounds(open).await;
+        }
+        match self.warm_up(&open).await {
+            Some(Stop::Cancelled) => self.cancelled(&open).await,
+            // What was prepared stays prepared.
+            None | Some(Stop::Interrupted | Stop::Gone) => {
+                self.finish(open, End::Completed, Vec::new()).await;
+            }
+        }
+    }
+
+    /// The response with its first prompt, which is afforded and can be recorded.
+    async fn start(
+        &mut self,
+        create: &mut Create,
+        parent: Option<Arc<Committed>>,
+        created_at_ms: u64,
+    ) -> Result<Open, Unbegun> {
+        let asked = create.settings.model.clone().unwrap_or_default();
+        let mut open = self.begin(create, parent, created_at_ms).await?;
+        // Nothing waits for a warm-up, so it waits for all that is said.
+        let policy = open.policy();
+        if create.prepare_only || policy.is_some_and(|it| it.gate() == GateAt::Sampling) {
+            self.input_judged().await?;
+        }
+        self.purse = self.shared.wallet.begin(&open.model().name);
+        if !create.prepare_only {
+            self.afford(&mut open).map_err(|spent| quota(&spent))?;
+        }
+        let meter = self.reserve(&open, asked).await;
+        self.meter = Some(meter.inspect_err(|_| self.purse.abandon())?);
+        Ok(open)
+    }
+
+    /// It did not begin: the client hears why.
+    pub(super) async fn unbegun(&mut self, unbegun: Unbegun) {
+        match unbegun {
+            Unbegun::Refused(error) => self.refuse(*error).await,
+            Unbegun::Stopped(stop) => self.stopped_early(stop).await,
+        }
+    }
+
     /// Waits for what is continued and for the turn. What the store must be asked for is read
     /// while the lane may still be busy, and is refused as soon as that is known.
     pub(super) async fn wait(
         &mut self,
         before: &Turn,
         parent: Option<Parent>,
-    ) -> Result<Result<Option<Arc<Committed>>, Error>, Stop> {
+    ) -> Result<Option<Arc<Committed>>, Unbegun> {
         let parent = match parent {
-            Some(Parent::Stored(id)) => match self.load(&id).await? {
-                Ok(found) => Some(Parent::Committed(found)),
-                Err(error) => return Ok(Err(error)),
-            },
+            Some(Parent::Stored(id)) => Some(Parent::Committed(self.load(&id).await?)),
             Some(Parent::Committed(_) | Parent::Running(_)) | None => parent,
         };
         self.turn(before).await?;
         Ok(match parent {
-            None => Ok(None),
-            Some(Parent::Committed(found)) => Ok(Some(found)),
+            None => None,
+            Some(Parent::Committed(found)) => Some(found),
             // It has ended by now, and may have left memory since.
-            Some(Parent::Running(id) | Parent::Stored(id)) => self.load(&id).await?.map(Some),
+            Some(Parent::Running(id) | Parent::Stored(id)) => Some(self.load(&id).await?),
         })
     }
 
     /// The response to continue.
-    pub(super) async fn load(
-        &self,
-        id: &ResponseId,
-    ) -> Result<Result<Arc<Committed>, Error>, Stop> {
+    pub(super) async fn load(&self, id: &ResponseId) -> Result<Arc<Committed>, Unbegun> {
         let Shared { archive, held, .. } = self.shared;
         tokio::select! {
             biased;
-            stop = self.stops.stopped() => Err(stop),
-            found = archive.load(held.tenant(), id) => Ok(match found {
-                Ok(found) => found.ok_or_else(|| not_found(id)),
+            stop = self.stops.stopped() => Err(stop.into()),
+            found = archive.load(held.tenant(), id) => {
                 // Whoever continues a response can send the whole conversation instead.
-                Err(error) => {
+                let found = found.unwrap_or_else(|error| {
                     tracing::error!(%error, "the store cannot be read");
-                    Err(not_found(id))
-                }
-            }),
+                    None
+                });
+                found.ok_or_else(|| not_found(id).into())
+            }
         }
     }
 

@@ -58,19 +58,15 @@ impl Driver<'_> {
     }
 
     /// Room for the record of the response, without which it must not be sampled.
-    pub(super) async fn reserve(
-        &self,
-        open: &Open,
-        asked: Arc<str>,
-    ) -> Result<Result<Meter, Full>, Stop> {
+    pub(super) async fn reserve(&self, open: &Open, asked: Arc<str>) -> Result<Meter, Unbegun> {
         let begin = self
             .shared
             .account
             .begin(self.id.clone(), asked, served(open));
         tokio::select! {
             biased;
-            stop = self.stops.stopped() => Err(stop),
-            meter = begin => Ok(meter),
+            stop = self.stops.stopped() => Err(stop.into()),
+            meter = begin => meter.map_err(|full| unrecorded(&full).into()),
         }
     }
 

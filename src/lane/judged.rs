@@ -47,21 +47,21 @@ impl Driver<'_> {
     }
 
     /// Waits for what is said of the input of a create, of which nothing was told yet.
-    pub(super) async fn input_judged(&mut self) -> Result<Result<(), Error>, Stop> {
+    pub(super) async fn input_judged(&mut self) -> Result<(), Unbegun> {
         while !self.withheld.is_idle() {
             let judged = tokio::select! {
                 biased;
-                stop = self.stops.stopped() => return Err(stop),
+                stop = self.stops.stopped() => return Err(stop.into()),
                 judged = self.withheld.judged() => judged,
             };
             let Judgement { verdicts, refusal } = &*judged.judgement;
             let verdicts = told(verdicts);
             match refusal {
-                Some(error) => return Ok(Err(error.clone())),
+                Some(error) => return Err(error.clone().into()),
                 None => self.found.extend(verdicts),
             }
         }
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// What was said of input before anything was told, and what was only observed and is known by now.

@@ -248,10 +248,7 @@ impl Classifier {
     /// Exactly what an answer depends on. Tenants share none.
     fn key(&self, question: &Question) -> [u8; 32] {
         let mut hash = Sha256::new();
-        let mut part = |bytes: &[u8]| {
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
-        };
+        let mut part = |bytes: &[u8]| hash_part(&mut hash, bytes);
         part(question.tenant.as_str().as_bytes());
         part(question.model.as_bytes());
         for passage in question.context.iter().chain([&question.passage]) {
@@ -296,6 +293,12 @@ impl Drop for Trial<'_> {
             .lock()
             .settle(self.permit, self.outcome, now, jitter);
     }
+}
+
+/// Hashes a part so that what stands in it cannot pass for the next one.
+fn hash_part(hash: &mut Sha256, bytes: &[u8]) {
+    hash.update((bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
 }
 
 /// A category as it stands in verdicts.

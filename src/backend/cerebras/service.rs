@@ -22,7 +22,7 @@ use super::{
     sse::SseParser,
     upload,
 };
-use crate::backend::{BackendError, Chunk};
+use crate::backend::{BackendError, Chunk, choose_cryptography};
 
 /// How long the connection made in advance may take.
 const WARM_TIMEOUT: Duration = Duration::from_secs(1);
@@ -83,8 +83,7 @@ impl Service {
         options: &CerebrasOptions,
         key: Option<ApiKey>,
     ) -> Result<Self, CerebrasError> {
-        // Whoever was first has chosen: that is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        choose_cryptography();
         let base = options.base()?;
         let mut client = Client::builder()
             .user_agent(concat!("hotloop/", env!("CARGO_PKG_VERSION")))

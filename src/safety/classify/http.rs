@@ -6,6 +6,7 @@ use reqwest::{Client, StatusCode, header, redirect};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{ClassifierOptions, Unjudged};
+use crate::backend::choose_cryptography;
 
 /// How long a connection may take.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
@@ -27,8 +28,7 @@ impl Endpoint {
         path: &str,
         key: Option<&str>,
     ) -> Result<Self, String> {
-        // Whoever was first has chosen: that is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        choose_cryptography();
         let mut headers = header::HeaderMap::new();
         if let Some(key) = key {
             let value = header::HeaderValue::from_str(&format!("Bearer {key}"));

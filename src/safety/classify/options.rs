@@ -5,6 +5,8 @@ use std::{ops::RangeInclusive, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::hash_part;
+
 /// The settings of a classifier. In the file: `[[safety.classifier]]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -187,10 +189,7 @@ impl ClassifierOptions {
     /// Names all that what it says about a question depends on.
     pub(super) fn fingerprint(&self) -> [u8; 32] {
         let mut hash = Sha256::new();
-        let mut part = |bytes: &[u8]| {
-            hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
-        };
+        let mut part = |bytes: &[u8]| hash_part(&mut hash, bytes);
         part(b"classifier 1");
         part(&[self.kind as u8, self.format as u8, self.on_failure as u8]);
         part(&self.score_min.to_le_bytes());
